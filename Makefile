@@ -1,0 +1,61 @@
+# Everything is done in .venv, which is made when it is needed; `make` alone lists the targets.
+
+# The first of these that is Python 3.11 or later and can make a virtual environment.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+    $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+    done)
+VENV ?= .venv
+# Further options of pip install, e.g. --extra-index-url of the CPU builds of torch.
+PIP_FLAGS ?=
+# Two processes; the tests of one file stay in one, where they share what they compiled.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+INSTALLED := $(VENV)/installed
+# Top-level folders that install as packages of keysync_jax (package_dir in setup.cfg).
+MAPPED := convert configs launch
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install test lint style types layers format layout clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(INSTALLED)  ## Set up .venv with the package (editable), its tests' and its tools' requirements
+
+# mediapipe brings a cv2 that needs libGL; the headless one, put over it, does not.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed (make PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps --force-reinstall opencv-python-headless
+	@touch $@
+
+test: $(INSTALLED)  ## Run the tests (PYTEST_FLAGS: which, how)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: style types layers  ## Check format, style, types and import layers
+
+style: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED) layout
+	cd .lint && $(abspath $(BIN))/mypy --config-file ../setup.cfg --cache-dir ../.mypy_cache -p keysync_jax
+
+layers: $(INSTALLED) layout
+	cd .lint && $(abspath $(BIN))/lint-imports --config ../setup.cfg --no-cache
+
+format: $(INSTALLED)  ## Format the code and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The package as it installs, in links: mypy and import-linter do not see through the editable install.
+layout:
+	@rm -rf .lint && mkdir -p .lint/keysync_jax
+	@cd .lint/keysync_jax && ln -s ../../keysync_jax/* $(addprefix ../../,$(MAPPED)) .
+
+clean:  ## Remove .venv and everything that was built
+	rm -rf $(VENV) .lint .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
