@@ -1,0 +1,305 @@
+"""Typed sizes and settings; every one is stored with the weights and checked when they are loaded.
+
+A config is a frozen dataclass. `to_dict` and `from_dict` are its JSON form; `from_dict` refuses an
+unknown, missing or mistyped key and names the nearest one it knows.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from keysync_jax.errors import UserError
+
+EncoderKind = Literal["hubert", "wav2vec2", "wavlm"]
+StageKind = Literal["keyframe", "interpolation"]
+MaskKind = Literal["box", "full", "heart", "mouth"]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the video U-Net F_theta (SVD's; section 3.3 of the paper). Defaults: full size.
+
+    Attributes:
+      in_channels: noisy latent and condition together: 8 (keyframe) or 9 (interpolation).
+      out_channels: channels of a latent.
+      block_out_channels: width of each level.
+      layers_per_block: resnets of a down block; an up block has one more.
+      attention_levels: levels that have attention, by index.
+      head_dim: width of an attention head; cannot be read from a checkpoint's shapes.
+      cross_attention_dim: width of a context vector.
+      addition_embed_dim: width of the per-frame vector that is added to the time embedding.
+      norm_groups: groups of every group normalisation.
+    """
+
+    in_channels: int = 8
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_levels: tuple[int, ...] = (0, 1, 2)
+    head_dim: int = 64
+    cross_attention_dim: int = 1024
+    addition_embed_dim: int = 1024
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        attended = [w for i, w in enumerate(self.block_out_channels) if i in self.attention_levels]
+        # The middle block, at the last level's width, always has attention.
+        for width in [*attended, self.block_out_channels[-1]]:
+            if width % self.head_dim:
+                raise UserError(
+                    f"a U-Net width of {width} is not a multiple of the head size {self.head_dim}"
+                )
+        for width in self.block_out_channels:
+            if width % self.norm_groups:
+                raise UserError(
+                    f"a U-Net width of {width} is not a multiple of the {self.norm_groups} norm groups"
+                )
+
+    @property
+    def time_embed_dim(self) -> int:
+        return 4 * self.block_out_channels[0]
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of SVD's VAE: the KL encoder and the temporal decoder. Defaults: full size.
+
+    Attributes:
+      quant_conv: whether a 1x1 convolution follows the encoder (diffusers' layout has one; the
+        engine layout has none).
+      scale_factor: stored latents are the posterior's values times this.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_groups: int = 32
+    quant_conv: bool = False
+    scale_factor: float = 0.18215
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent cell, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One of the two diffusion stages (section 3.3 of the paper).
+
+    Attributes:
+      audio_encoder: the encoder whose features these weights were trained on.
+      audio_dim: width of that encoder's vectors.
+      frames: T, frames of a network call.
+      latent_size: side of the square latent.
+    """
+
+    kind: StageKind
+    audio_encoder: EncoderKind
+    unet: UNetConfig
+    audio_dim: int = 768
+    frames: int = 14
+    latent_size: int = 64
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Scales of the separated guidance (paper, eq. 9)."""
+
+    audio: float = 5.0
+    identity: float = 2.0
+
+
+@dataclass(frozen=True)
+class SpeechConfig:
+    """Sizes of one speech encoder, under transformers' names. Defaults: HuBERT-base.
+
+    Attributes:
+      kind: which encoder; WavLM alone has a relative position bias.
+      hidden_size: D, width of an output vector.
+      intermediate_size: width inside the feed-forward part of a layer.
+      conv_dim, conv_kernel, conv_stride: channels, kernel and stride of every front-end convolution.
+      num_conv_pos_embeddings: kernel of the convolution that encodes positions.
+      num_conv_pos_embedding_groups: its groups.
+      num_buckets, max_bucket_distance: of the relative position bias, in buckets and in vectors.
+      normalise_wave: the encoder expects a wave of zero mean and unit variance over the whole clip.
+      layer_norm_eps: of every layer normalisation.
+    """
+
+    kind: EncoderKind
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    conv_dim: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
+    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    conv_bias: bool = False
+    num_conv_pos_embeddings: int = 128
+    num_conv_pos_embedding_groups: int = 16
+    num_buckets: int = 320
+    max_bucket_distance: int = 800
+    normalise_wave: bool = True
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) >= 1:
+            raise UserError(f"{self.kind}: conv_dim, conv_kernel and conv_stride must have one entry a layer")
+        for what, parts in (
+            ("heads", self.num_attention_heads),
+            ("groups", self.num_conv_pos_embedding_groups),
+        ):
+            if self.hidden_size % parts:
+                raise UserError(
+                    f"{self.kind}: the width {self.hidden_size} is not a multiple of its {parts} {what}"
+                )
+
+    @property
+    def hop(self) -> int:
+        """Samples from one output vector to the next."""
+        return math.prod(self.conv_stride)
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that the front end reads for one output vector."""
+        field, hop = 1, 1
+        for kernel, stride in zip(self.conv_kernel, self.conv_stride, strict=True):
+            field += (kernel - 1) * hop
+            hop *= stride
+        return field
+
+    def vectors(self, samples: int) -> int:
+        """Output vectors of a wave of this many samples."""
+        return max(0, (samples - self.receptive_field) // self.hop + 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that a model directory's `config.json` says, the files' hashes apart.
+
+    Attributes:
+      encoders: sizes of every audio encoder in the directory, by kind; each stage names its own.
+      mask: strategy of the masks that the weights were trained with.
+      fps: video frames a second; audio features have two vectors a frame.
+      guidance: scales to sample with.
+      steps: number that the align-your-steps schedule is asked for (10 takes 11 Euler steps).
+      provenance: where each component came from, for the reader.
+    """
+
+    keyframe: StageConfig
+    interpolation: StageConfig
+    vae: VAEConfig
+    encoders: dict[str, SpeechConfig]
+    mask: MaskKind = "box"
+    fps: int = 25
+    guidance: GuidanceConfig = GuidanceConfig()
+    steps: int = 10
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def stage(self, kind: StageKind) -> StageConfig:
+        return self.keyframe if kind == "keyframe" else self.interpolation
+
+    def __post_init__(self) -> None:
+        """Refuses parts that do not fit each other."""
+        for kind in typing.get_args(StageKind):
+            stage = self.stage(kind)
+            if stage.kind != kind:
+                raise UserError(f"the {kind} stage holds the sizes of the {stage.kind} stage")
+            if stage.audio_encoder not in self.encoders:
+                raise UserError(
+                    f"the {kind} stage was trained on {stage.audio_encoder} features, but the model has only "
+                    f"{', '.join(sorted(self.encoders)) or 'no audio encoder'}"
+                )
+            width = self.encoders[stage.audio_encoder].hidden_size
+            if stage.audio_dim != width:
+                raise UserError(
+                    f"the {kind} stage takes audio vectors of {stage.audio_dim}, "
+                    f"the {stage.audio_encoder} encoder makes {width}"
+                )
+            if stage.unet.out_channels != self.vae.latent_channels:
+                raise UserError(
+                    f"the {kind} stage makes {stage.unet.out_channels} latent channels, "
+                    f"the VAE takes {self.vae.latent_channels}"
+                )
+        for name in ("latent_size", "frames"):
+            pair = getattr(self.keyframe, name), getattr(self.interpolation, name)
+            if pair[0] != pair[1]:
+                raise UserError(f"the stages differ in {name}: keyframe {pair[0]}, interpolation {pair[1]}")
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the square face crop in pixels."""
+        return self.keyframe.latent_size * self.vae.factor
+
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The JSON form of a config; tuples become lists."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_dict(cls: type[T], values: Any, where: str) -> T:
+    """A config from its JSON form.
+
+    Args:
+      where: what an error calls this place, e.g. `"config.json: keyframe"`.
+
+    Raises:
+      UserError: an unknown key (the nearest known one is named), a missing key, a wrong type.
+    """
+    return typing.cast(T, _value(cls, values, where))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _dataclass(cls: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, fields)}")
+    for name, spec in fields.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"{where}: key {name!r} is missing")
+    return cls(**{k: _value(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _dataclass(kind, value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(args[0], v, where) for v in value)
+    if origin is dict and isinstance(value, dict):
+        return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    wanted = " or ".join(map(repr, args)) if origin is Literal else getattr(kind, "__name__", str(kind))
+    raise UserError(f"{where}: {value!r} is not {wanted}")
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`", did you mean 'x'?"` for the nearest known name, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean {found[0]!r}?" if found else ""

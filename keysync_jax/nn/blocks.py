@@ -1,0 +1,158 @@
+"""The spatio-temporal blocks of SVD's U-Net: resnets and transformers, space first, then time."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from keysync_jax.nn.layers import (
+    AlphaBlender,
+    Attention,
+    Conv2d,
+    ConvTime,
+    FeedForward,
+    GroupNorm,
+    KeyValue,
+    LayerNorm,
+    TimestepEmbedding,
+    sinusoid,
+)
+from keysync_jax.typing import Array
+
+
+class ResnetBlock(nnx.Module):
+    """Norm, SiLU, conv, + embedding, norm, SiLU, conv, + skip.
+
+    In space it takes `[N, H, W, C]` (3x3), in time `[B, T, H * W, C]` (a kernel of 3 over T); the
+    embedding is added where `embed_dim` is given.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        embed_dim: int | None,
+        *,
+        groups: int,
+        epsilon: float,
+        time: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        conv = ConvTime if time else Conv2d
+        self.norm1 = GroupNorm(in_dim, groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(in_dim, out_dim, dtype=dtype, rngs=rngs)
+        self.time_emb_proj = nnx.Linear(embed_dim, out_dim, dtype=dtype, rngs=rngs) if embed_dim else None
+        self.norm2 = GroupNorm(out_dim, groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        self.conv2 = conv(out_dim, out_dim, dtype=dtype, rngs=rngs)
+        differ = in_dim != out_dim
+        self.conv_shortcut = Conv2d(in_dim, out_dim, 1, dtype=dtype, rngs=rngs) if differ else None
+
+    def __call__(self, x: Array, embedding: Array | None = None) -> Array:
+        """`embedding` broadcasts against x after its projection: `[N, 1, 1, E]` or `[B, T, 1, E]`."""
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and embedding is not None:
+            h = h + self.time_emb_proj(nnx.silu(embedding))
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class SpatioTemporalResBlock(nnx.Module):
+    """A resnet in space, one in time on its output, and their blend.
+
+    Args:
+      embed_dim: width of the embedding added to each; None in the VAE.
+      epsilon: of the spatial norms; that of the temporal ones is 1e-5 in the U-Net and the VAE.
+      temporal_first: alpha weighs the temporal branch (the VAE) instead of the spatial one (U-Net).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        embed_dim: int | None,
+        *,
+        groups: int,
+        epsilon: float,
+        temporal_first: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        common: dict[str, Any] = {"groups": groups, "dtype": dtype, "rngs": rngs}
+        self.spatial_res_block = ResnetBlock(in_dim, out_dim, embed_dim, epsilon=epsilon, **common)
+        self.temporal_res_block = ResnetBlock(out_dim, out_dim, embed_dim, epsilon=1e-5, time=True, **common)
+        self.time_mixer = AlphaBlender()
+        self.temporal_first = temporal_first
+
+    def __call__(self, x: Array, embedding: Array | None = None) -> Array:
+        """`[B, T, H, W, C]` and `[B, T, E]` -> `[B, T, H, W, C']`."""
+        b, t, h, w, _ = x.shape
+        per_frame = None if embedding is None else embedding.reshape(b * t, 1, 1, -1)
+        per_clip = None if embedding is None else embedding[:, :, None]
+        space = self.spatial_res_block(x.reshape(b * t, h, w, -1), per_frame).reshape(b, t, h * w, -1)
+        time = self.temporal_res_block(space, per_clip)
+        pair = (time, space) if self.temporal_first else (space, time)
+        return self.time_mixer(*pair).reshape(b, t, h, w, -1)
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention, feed-forward, each after a layer norm and with a skip.
+
+    The temporal block has one more feed-forward before them.
+    """
+
+    def __init__(
+        self, dim: int, head_dim: int, context_dim: int, *, ff_in: bool = False, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.norm_in = LayerNorm(dim, dtype=dtype, rngs=rngs) if ff_in else None
+        self.ff_in = FeedForward(dim, dtype=dtype, rngs=rngs) if ff_in else None
+        self.norm1 = LayerNorm(dim, dtype=dtype, rngs=rngs)
+        self.attn1 = Attention(dim, head_dim, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(dim, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(dim, head_dim, context_dim, dtype=dtype, rngs=rngs)
+        self.norm3 = LayerNorm(dim, dtype=dtype, rngs=rngs)
+        self.ff = FeedForward(dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array, key_value: KeyValue) -> Array:
+        """`[B * R, N, D]` -> same; `key_value` of the B windows, each seen by its R rows of tokens."""
+        if self.ff_in is not None and self.norm_in is not None:
+            x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn1(self.norm1(x))
+        windows = key_value[0].shape[0]
+        query = self.norm2(x).reshape(windows, -1, x.shape[-1])
+        x = x + self.attn2(query, key_value).reshape(x.shape)
+        return x + self.ff(self.norm3(x))
+
+
+class TransformerSpatioTemporalModel(nnx.Module):
+    """A transformer over the pixels of each frame, then one over the frames of each pixel."""
+
+    def __init__(self, dim: int, head_dim: int, context_dim: int, groups: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.norm = GroupNorm(dim, groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.proj_in = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+        block = (dim, head_dim, context_dim)
+        self.transformer_blocks = nnx.List([BasicTransformerBlock(*block, dtype=dtype, rngs=rngs)])
+        self.temporal_transformer_blocks = nnx.List(
+            [BasicTransformerBlock(*block, ff_in=True, dtype=dtype, rngs=rngs)]
+        )
+        self.time_pos_embed = TimestepEmbedding(dim, 4 * dim, dim, dtype=dtype, rngs=rngs)
+        self.time_mixer = AlphaBlender()
+        self.proj_out = nnx.Linear(dim, dim, dtype=dtype, rngs=rngs)
+
+    def key_value(self, context: Array) -> tuple[KeyValue, KeyValue]:
+        """Keys and values of the spatial and of the temporal cross-attention to `[B, M, D]`."""
+        return (
+            self.transformer_blocks[0].attn2.key_value(context),
+            self.temporal_transformer_blocks[0].attn2.key_value(context),
+        )
+
+    def __call__(self, x: Array, key_value: tuple[KeyValue, KeyValue]) -> Array:
+        """`[B, T, H, W, C]` -> same."""
+        b, t, h, w, c = x.shape
+        hidden = self.norm(x.reshape(b * t, h, w, c)).reshape(b * t, h * w, c)
+        space = self.transformer_blocks[0](self.proj_in(hidden), key_value[0]).reshape(b, t, h * w, c)
+        number = self.time_pos_embed(sinusoid(jnp.arange(t), c).astype(x.dtype))
+        time = (space + number[:, None]).swapaxes(1, 2).reshape(b * h * w, t, c)
+        time = self.temporal_transformer_blocks[0](time, key_value[1])
+        time = time.reshape(b, h * w, t, c).swapaxes(1, 2)
+        return x + self.proj_out(self.time_mixer(space, time)).reshape(x.shape)
