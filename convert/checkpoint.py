@@ -1,0 +1,167 @@
+"""`keysync convert`: from PyTorch checkpoints to a model directory."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from keysync_jax.config import EncoderKind, MaskKind, ModelConfig, SpeechConfig, StageConfig, StageKind
+from keysync_jax.convert.containers import Container, Tensors, open_tensors
+from keysync_jax.convert.speech import (
+    speech_config_from_microsoft,
+    speech_config_from_transformers,
+    speech_table,
+)
+from keysync_jax.convert.table import Table
+from keysync_jax.convert.unet import stage_config, stage_table
+from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table, is_engine_layout, vae_config
+from keysync_jax.errors import UserError
+from keysync_jax.model import Progress, check_new_folder, components, maker, save_model
+from keysync_jax.nn.functional import shapes
+from keysync_jax.tensorfile import sha256_of
+
+RELEASED: dict[str, EncoderKind] = {"keyframe_dub.pt": "hubert", "interpolation_dub.pt": "wavlm"}
+"""Files of the release and the encoder each was trained on, which nothing in them tells."""
+
+
+@dataclass(frozen=True)
+class AudioSource:
+    """An audio encoder as the user names it: its kind and its checkpoint (file or folder)."""
+
+    kind: EncoderKind
+    path: Path
+
+    @classmethod
+    def parse(cls, text: str) -> "AudioSource":
+        """`"hubert=DIR"`."""
+        kind, equals, path = text.partition("=")
+        if kind not in typing.get_args(EncoderKind) or not equals or not path:
+            kinds = ", ".join(typing.get_args(EncoderKind))
+            raise UserError(
+                f"{text!r} does not name an audio encoder; write KIND=PATH with KIND one of {kinds}"
+            )
+        return cls(typing.cast(EncoderKind, kind), Path(path))
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What a model is converted from."""
+
+    keyframe: Path
+    interpolation: Path
+    vae: Path
+    audio: Mapping[StageKind, AudioSource]
+
+
+def convert(
+    checkpoints: Checkpoints,
+    output: str | Path,
+    head_dim: int = 64,
+    mask: MaskKind = "box",
+    progress: Progress | None = None,
+) -> ModelConfig:
+    """Converts two stages, a VAE and their audio encoders to a model directory.
+
+    Every tensor is accounted for before anything is written; dtypes are kept.
+
+    Args:
+      checkpoints: files or folders in any layout that `convert.containers` reads.
+      output: the model directory, must not exist yet.
+      head_dim: width of an attention head, which no checkpoint tells; 64 at full size.
+      mask: strategy that the weights were trained with.
+      progress: is told of bytes written.
+
+    Raises:
+      UserError: a file cannot be read, a tensor is missing, surplus or misshapen, parts do not fit.
+    """
+    output = Path(output)
+    check_new_folder(output)
+    opened = {
+        "keyframe": checkpoints.keyframe,
+        "interpolation": checkpoints.interpolation,
+        "vae": checkpoints.vae,
+    }
+    opened |= _encoder_paths(checkpoints.audio)
+    tensors = {component: open_tensors(path) for component, path in opened.items()}
+    keyframe, interpolation = _stages(checkpoints, tensors, head_dim)
+    config = ModelConfig(
+        keyframe,
+        interpolation,
+        vae=vae_config(tensors["vae"], str(checkpoints.vae)),
+        encoders={
+            c.removeprefix("audio_"): _speech_config(c, tensors[c]) for c in tensors if c.startswith("audio_")
+        },
+        mask=mask,
+        provenance={component: _provenance(path) for component, path in opened.items()},
+    )
+    converted = {c: _converted(config, c, tensors[c]) for c in components(config)}
+    save_model(output, config, converted, progress)
+    return config
+
+
+def _encoder_paths(audio: Mapping[StageKind, AudioSource]) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    for source in audio.values():
+        if paths.setdefault(f"audio_{source.kind}", source.path) != source.path:
+            raise UserError(
+                f"both stages use {source.kind}, but from two checkpoints; give them the same one"
+            )
+    return paths
+
+
+def _stages(
+    checkpoints: Checkpoints, tensors: Mapping[str, Tensors], head_dim: int
+) -> tuple[StageConfig, StageConfig]:
+    def config(kind: StageKind, path: Path) -> StageConfig:
+        encoder = checkpoints.audio[kind].kind
+        trained_on = RELEASED.get(path.name, encoder)
+        if trained_on != encoder:
+            raise UserError(
+                f"{path}: the released weights of this name were trained on {trained_on} features, "
+                f"not {encoder} (rename the file if these are your own)"
+            )
+        return stage_config(kind, tensors[kind], encoder, head_dim, str(path))
+
+    between = config("interpolation", checkpoints.interpolation)
+    keys = config("keyframe", checkpoints.keyframe)
+    # Only z_m has the latent's size; a keyframe network runs at any.
+    return dataclasses.replace(keys, latent_size=between.latent_size), between
+
+
+def _speech_config(component: str, tensors: Tensors) -> SpeechConfig:
+    kind, source = component.removeprefix("audio_"), str(tensors.path)
+    if tensors.container is Container.MICROSOFT:
+        config = speech_config_from_microsoft(tensors.config, source)
+    elif tensors.config:
+        config = speech_config_from_transformers(tensors.config, source)
+    else:
+        raise UserError(
+            f"{source}: the sizes of the encoder are not in it; give the folder with its config.json"
+        )
+    if config.kind != kind:
+        raise UserError(f"{source}: this is a {config.kind} encoder, not {kind}")
+    return config
+
+
+def _converted(config: ModelConfig, component: str, tensors: Tensors) -> dict[str, np.ndarray]:
+    _, abstract = shapes(maker(config, component))
+    wanted = {name: leaf.shape for name, leaf in abstract.items()}
+    return _table(config, component, tensors, wanted).to_jax(tensors, wanted, str(tensors.path))
+
+
+def _table(
+    config: ModelConfig, component: str, tensors: Tensors, wanted: dict[str, tuple[int, ...]]
+) -> Table:
+    if component == "vae":
+        layout = engine_vae_table if is_engine_layout(tensors) else diffusers_vae_table
+        return layout(config.vae, wanted)
+    if component.startswith("audio_"):
+        return speech_table(config.encoders[component.removeprefix("audio_")], tensors.keys())
+    return stage_table(config.keyframe if component == "keyframe" else config.interpolation, wanted)
+
+
+def _provenance(path: Path) -> str:
+    return f"{path.name} sha256:{sha256_of(path)}" if path.is_file() else path.name

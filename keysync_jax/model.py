@@ -1,0 +1,208 @@
+"""A model on disk: a directory with `config.json` and one safetensors file a component.
+
+`config.json` holds the sizes, the audio encoder of each stage, mask, frame rate, guidance, provenance
+and the SHA-256 of every file. Opening a model checks all of it before anything is computed.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from keysync_jax.config import ModelConfig, SpeechConfig, from_dict, to_dict
+from keysync_jax.errors import UserError
+from keysync_jax.nn.functional import Make, shapes
+from keysync_jax.nn.speech import SpeechModel
+from keysync_jax.nn.stages import stage
+from keysync_jax.nn.vae import VAE
+from keysync_jax.tensorfile import TensorFile, sha256_of, write_tensors
+from keysync_jax.typing import Params
+
+FORMAT = "keysync-model-1"
+
+DTYPES: dict[str, Any] = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+Progress = Callable[[int], object]
+"""Is told of each block of bytes that was read or written."""
+
+
+class Network(NamedTuple):
+    """A network ready to run: `nn.functional.bind(graphdef, params)` inside jit."""
+
+    graphdef: nnx.GraphDef
+    params: Params
+
+
+def components(config: ModelConfig) -> list[str]:
+    """Names of the components; the file of each is `NAME.safetensors`."""
+    return ["keyframe", "interpolation", "vae", *(f"audio_{kind}" for kind in sorted(config.encoders))]
+
+
+def maker(config: ModelConfig, component: str, dtype: Any = jnp.float32) -> Make:
+    """Builds a component's module."""
+    if component in ("keyframe", "interpolation"):
+        kind = config.keyframe if component == "keyframe" else config.interpolation
+        return lambda rngs: stage(kind, dtype=dtype, rngs=rngs)
+    if component == "vae":
+        return lambda rngs: VAE(config.vae, dtype=dtype, rngs=rngs)
+    encoder: SpeechConfig = config.encoders[component.removeprefix("audio_")]
+    return lambda rngs: SpeechModel(encoder, dtype=dtype, rngs=rngs)
+
+
+def _trained_on(config: ModelConfig, component: str) -> dict[str, str]:
+    """What a component's own file says of it, so that an edited `config.json` is noticed."""
+    metadata = {"component": component}
+    if component in ("keyframe", "interpolation"):
+        kind = config.keyframe if component == "keyframe" else config.interpolation
+        metadata["audio_encoder"] = kind.audio_encoder
+    return metadata
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened and checked model directory; components are loaded when asked for."""
+
+    folder: Path
+    config: ModelConfig
+    hashes: Mapping[str, str]
+
+    def load(self, component: str, dtype: str = "fp32") -> Network:
+        """Loads a component onto the default device.
+
+        Args:
+          component: one of `components(config)`.
+          dtype: "fp32" or "bf16", of the computation. In bf16 the matrices are held in bf16 too; norms,
+            biases and mixing factors stay fp32, so the result is that of casting at each use.
+        """
+        graphdef, wanted = shapes(maker(self.config, component, DTYPES[dtype]))
+        file = TensorFile(self.folder / f"{component}.safetensors")
+
+        def place(name: str) -> jax.Array:
+            kind = DTYPES[dtype] if len(wanted[name].shape) > 1 else jnp.float32
+            return jnp.asarray(np.asarray(file[name]).astype(kind))
+
+        return Network(graphdef, {name: place(name) for name in wanted})
+
+
+def open_model(folder: str | Path, progress: Progress | None = None) -> Model:
+    """Opens a model directory and checks all of it.
+
+    Checked: the config (unknown keys, parts that do not fit each other), that every component is
+    there, its bytes (SHA-256), its tensors' names and shapes, and the audio encoder that it was
+    trained on.
+
+    Args:
+      progress: is told of each block of bytes that was hashed.
+
+    Raises:
+      UserError: anything of that fails; the sentence names the file.
+    """
+    folder = Path(folder)
+    config, hashes = _read_config(folder / "config.json")
+    for component in components(config):
+        path = folder / f"{component}.safetensors"
+        if path.name not in hashes:
+            raise UserError(f"{folder / 'config.json'}: has no hash of {path.name}")
+        if not path.is_file():
+            raise UserError(f"{path}: this component of the model is missing")
+        _check_component(config, component, TensorFile(path))
+        if sha256_of(path, progress) != hashes[path.name]:
+            raise UserError(
+                f"{path}: was altered after the model was made (its SHA-256 is not config.json's)"
+            )
+    return Model(folder, config, hashes)
+
+
+def model_bytes(folder: str | Path) -> int:
+    """Bytes of the components, the total of `open_model`'s progress."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def save_model(
+    folder: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    progress: Progress | None = None,
+) -> None:
+    """Writes a model directory; it appears under its name only when it is complete.
+
+    Args:
+      folder: must not exist yet.
+      tensors: component -> path -> array. Dtypes are kept; arrays that are views of a mapped file are
+        read one at a time.
+      progress: is told of each component's bytes once they are written.
+    """
+    folder = Path(folder)
+    check_new_folder(folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+        inner = Path(partial) / folder.name
+        inner.mkdir()
+        hashes = {}
+        for component in components(config):
+            name = f"{component}.safetensors"
+            hashes[name] = write_tensors(inner / name, tensors[component], _trained_on(config, component))
+            if progress is not None:
+                progress((inner / name).stat().st_size)
+        content = {"format": FORMAT, **to_dict(config), "files": hashes}
+        (inner / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        os.rename(inner, folder)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuses a folder that exists, or cannot be made."""
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; give a name for a new folder")
+    if not folder.parent.is_dir():
+        raise UserError(f"{folder}: the folder {folder.parent} does not exist")
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"{folder}: the folder {folder.parent} is not writable")
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: not a model directory (it has no config.json)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not the config of a model in the format {FORMAT}")
+    hashes = content.pop("files", None)
+    if not isinstance(hashes, dict):
+        raise UserError(f"{path}: has no list of files")
+    try:
+        return from_dict(ModelConfig, content, "config"), hashes
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check_component(config: ModelConfig, component: str, file: TensorFile) -> None:
+    for key, value in _trained_on(config, component).items():
+        found = file.metadata.get(key)
+        if key == "audio_encoder" and found != value:
+            raise UserError(
+                f"{file.path}: these weights were trained on {found} features, "
+                f"config.json would feed them {value}; sync would be lost"
+            )
+        if found != value:
+            raise UserError(f"{file.path}: holds the component {found!r}, not {value!r}")
+    _, wanted = shapes(maker(config, component))
+    for name, shape in wanted.items():
+        if name not in file.shapes:
+            raise UserError(f"{file.path}: tensor {name!r} is missing")
+        if tuple(file.shapes[name]) != shape.shape:
+            raise UserError(
+                f"{file.path}: tensor {name!r} has shape {list(file.shapes[name])}, "
+                f"config.json says {list(shape.shape)}"
+            )
+    for name in file.shapes:
+        if name not in wanted:
+            raise UserError(f"{file.path}: tensor {name!r} is not part of this network")

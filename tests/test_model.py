@@ -1,0 +1,116 @@
+"""A model directory that is incomplete, altered or inconsistent is refused in words."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, from_dict, to_dict
+from keysync_jax.errors import UserError
+from keysync_jax.model import open_model
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_an_intact_model_opens_and_loads(tiny_model: Path) -> None:
+    model = open_model(tiny_model)
+    half = model.load("keyframe", "bf16").params
+    assert half["unet.conv_in.kernel"].dtype == jnp.bfloat16
+    assert half["unet.conv_in.bias"].dtype == jnp.float32
+    assert model.load("vae").params["encoder.conv_in.kernel"].dtype == jnp.float32
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a model directory"):
+        open_model(tmp_path)
+
+
+def test_a_missing_component(copy: Path) -> None:
+    (copy / "vae.safetensors").unlink()
+    with pytest.raises(UserError, match=r"vae.safetensors: this component of the model is missing"):
+        open_model(copy)
+
+
+def test_a_truncated_component(copy: Path) -> None:
+    path = copy / "keyframe.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"keyframe.safetensors: .*truncated"):
+        open_model(copy)
+
+
+def test_one_altered_bit(copy: Path) -> None:
+    path = copy / "audio_wavlm.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"audio_wavlm.safetensors: was altered"):
+        open_model(copy)
+
+
+def test_a_stage_fed_by_the_wrong_encoder(copy: Path) -> None:
+    edit(copy, lambda c: c["keyframe"].update(audio_encoder="wavlm"))
+    with pytest.raises(
+        UserError, match=r"were trained on hubert features, config.json would feed them wavlm"
+    ):
+        open_model(copy)
+
+
+def test_a_stage_whose_encoder_is_not_there(copy: Path) -> None:
+    edit(copy, lambda c: c["encoders"].pop("wavlm"))
+    with pytest.raises(
+        UserError, match="interpolation stage was trained on wavlm features, but the model has only hub"
+    ):
+        open_model(copy)
+
+
+def test_swapped_components(copy: Path) -> None:
+    (copy / "keyframe.safetensors").write_bytes((copy / "vae.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"keyframe.safetensors: holds the component 'vae'"):
+        open_model(copy)
+
+
+def test_sizes_that_are_not_the_tensors(copy: Path) -> None:
+    edit(copy, lambda c: c["vae"].update(layers_per_block=2))
+    with pytest.raises(UserError, match=r"vae.safetensors: tensor .* is missing"):
+        open_model(copy)
+
+
+def test_an_unknown_key_names_the_nearest(copy: Path) -> None:
+    edit(copy, lambda c: c["guidance"].update(audios=3))
+    with pytest.raises(UserError, match=r"guidance: unknown key 'audios', did you mean 'audio'\?"):
+        open_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"frames": "14"}, "frames: '14' is not int"),
+        ({"kind": "frame"}, "kind: 'frame' is not 'keyframe' or 'interpolation'"),
+        ({"unet": {"block_out_channels": [32, True]}}, "True is not int"),
+        ({"unet": {"head_dim": 48}}, "not a multiple of the head size 48"),
+    ],
+)
+def test_a_config_of_the_wrong_types(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        from_dict(
+            StageConfig, {"kind": "keyframe", "audio_encoder": "hubert", "unet": {}, **change}, "config"
+        )
+
+
+def test_configs_survive_json() -> None:
+    for config in (StageConfig("keyframe", "wavlm", UNetConfig(in_channels=9)), VAEConfig(quant_conv=True)):
+        assert from_dict(type(config), json.loads(json.dumps(to_dict(config))), "x") == config
