@@ -1,0 +1,84 @@
+"""The face-centred square crop that follows the track (the crop that the released weights were made for).
+
+A box is int64 (x0, y0, x1, y1) in pixels of the frame, x1 and y1 exclusive, always square.
+"""
+
+import cv2
+import numpy as np
+
+FACE_SHARE = 2.0
+"""Side of the crop over the larger side of the landmarks' bounding box."""
+
+SLOWEST, QUICKEST, QUICK_PIXELS = 0.2, 0.8, 100.0
+"""Share of the way to its new place that the box moves in a frame: at rest, and from 100 px of motion on."""
+
+ROUNDING = 1e-6
+"""Arithmetic noise that must not move a whole number to the next."""
+
+MARGIN = 1.0
+"""Pixels kept between a landmark and the crop's edge, so that rounding cuts none off."""
+
+
+def crop_track(landmarks: np.ndarray, present: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Follow a face with a smooth square box: int64 `[T, 4]`.
+
+    The target of a frame is a square of side 2 x max(w, h) of the landmarks' bounding box, centred on it and
+    moved (if need be shrunk) into the frame. The box moves towards it by 0.2 + 0.6 min(1, motion / 100) of
+    the way a frame, motion being the farther corner's distance in pixels; one share for all keeps it square.
+    Where that would lag behind a landmark the box follows at once. The track starts anew at the first
+    frame of every stretch where the face is present.
+
+    landmarks: float `[T, 68, 2]`, finite (see `landmarks.bridge`); present: bool `[T]`.
+    """
+    boxes = np.empty((len(landmarks), 4), np.int64)
+    square = np.empty(3)
+    for t, points in enumerate(np.asarray(landmarks, np.float64)):
+        low, high = points.min(axis=0) - MARGIN, points.max(axis=0) + MARGIN
+        target = _target(low, high, height, width)
+        if t == 0 or (present[t] and not present[t - 1]):
+            square = target
+        else:
+            square = _contain(_approach(square, target), low, high, height, width)
+        side = min(int(np.ceil(square[2] - ROUNDING)), height, width)
+        corner = np.clip(np.floor(square[:2] + ROUNDING), 0, [width - side, height - side]).astype(np.int64)
+        boxes[t] = *corner, *(corner + side)
+    return boxes
+
+
+def _target(low: np.ndarray, high: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(x0, y0, side) of the square around a face's bounding box, inside the frame."""
+    side = min(FACE_SHARE * float((high - low - 2 * MARGIN).max()), height, width)
+    side = max(side, 2.0)
+    corner = np.clip((low + high - side) / 2, 0, [width - side, height - side])
+    return np.array([*corner, side])
+
+
+def _approach(square: np.ndarray, target: np.ndarray) -> np.ndarray:
+    start = target[:2] - square[:2]
+    end = start + target[2] - square[2]
+    motion = max(np.hypot(*start), np.hypot(*end))
+    share = SLOWEST + (QUICKEST - SLOWEST) * min(1.0, motion / QUICK_PIXELS)
+    return square + share * (target - square)
+
+
+def _contain(square: np.ndarray, low: np.ndarray, high: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Grow and move a square as little as is needed to hold the face, as far as the frame allows."""
+    side = min(max(square[2], float((high - low).max())), height, width)
+    corner = np.minimum(np.maximum(square[:2], high - side), low)
+    return np.array([*np.clip(corner, 0, [width - side, height - side]), side])
+
+
+def crop_frame(frame: np.ndarray, box: np.ndarray, size: int = 512) -> np.ndarray:
+    """Cut a box out of a uint8 RGB frame `[H, W, 3]` and resize it (bilinear) to `[size, size, 3]`."""
+    x0, y0, x1, y1 = box
+    return cv2.resize(frame[y0:y1, x0:x1], (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def landmarks_in_crop(landmarks: np.ndarray, box: np.ndarray, size: int = 512) -> np.ndarray:
+    """Frame coordinates `[..., 68, 2]` as float32 coordinates of the resized crop.
+
+    box: `[4]`, or `[T, 4]` for landmarks `[T, 68, 2]`.
+    """
+    box = np.asarray(box)
+    corner, side = box[..., None, :2], (box[..., 2] - box[..., 0])[..., None, None]
+    return ((landmarks - corner) * (size / side)).astype(np.float32)

@@ -1,0 +1,108 @@
+"""68 landmarks a frame: reading and saving them, finding them in frames, bridging gaps.
+
+Landmarks are float32 `[T, 68, 2]`, (x, y) in pixels of the upright frame, in the 68-point order of 300-W
+(0-16 jaw, 17-26 brows, 27-35 nose, 36-47 eyes, 48-67 mouth); a frame without a face is NaN.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from keysync_jax.errors import UserError
+from keysync_jax.media.timeline import FPS, Timeline
+
+POINTS = 68
+MAX_GAP = FPS // 2
+"""Frames without a face that are bridged; a longer stretch passes through undubbed."""
+
+
+class Detector(Protocol):
+    """Finds the 68 landmarks of one face; frames are shown to it in order."""
+
+    def detect(self, frame: np.ndarray) -> np.ndarray | None:
+        """Return float32 `[68, 2]` in pixels for a uint8 RGB frame `[H, W, 3]`, or None without a face."""
+        ...
+
+
+def load_landmarks(path: Path, frames: int, source: Timeline | None = None) -> np.ndarray:
+    """Read landmarks from a `.npy` file as float32 `[frames, 68, 2]`.
+
+    The file has one row for each of the `frames` frames at 25 fps, or, if `source` is given, one for each
+    frame of the source video, whatever its rate. A row with a NaN is a frame without a face.
+    Raises UserError if the file is unreadable, no `.npy`, or of the wrong kind, shape or length.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"the landmark file {path} does not exist") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"cannot read {path} as a .npy file of landmarks") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise UserError(f"{path} must hold one array of numbers, [frames, {POINTS}, 2]")
+    if array.ndim != 3 or array.shape[1:] != (POINTS, 2):
+        raise UserError(f"{path} has shape {list(array.shape)}; landmarks are [frames, {POINTS}, 2]")
+    if source is not None and len(array) == source.source_frames:
+        array = array[source.index]
+    if len(array) != frames:
+        raise UserError(f"{path} has landmarks for {len(array)} frames, but the video has {frames}")
+    if np.isinf(array).any():
+        raise UserError(f"{path} holds infinite coordinates; a frame without a face must be NaN")
+    landmarks = array.astype(np.float32)
+    landmarks[np.isnan(landmarks).any(axis=(1, 2))] = np.nan
+    return landmarks
+
+
+def save_landmarks(path: Path, landmarks: np.ndarray) -> None:
+    """Write landmarks `[T, 68, 2]` as a float32 `.npy` file that `load_landmarks` reads."""
+    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".npy", delete=False) as file:
+        partial = Path(file.name)
+        try:
+            np.save(file, np.asarray(landmarks, np.float32))
+            file.flush()
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def detect_all(
+    frames: Iterable[np.ndarray], detector: Detector, progress: Callable[[int], object] | None = None
+) -> np.ndarray:
+    """Landmarks of a stream of uint8 RGB frames: float32 `[T, 68, 2]`, NaN where no face is found.
+
+    `progress` is called with 1 after each frame.
+    """
+    rows: list[np.ndarray] = []
+    for frame in frames:
+        found = detector.detect(frame)
+        rows.append(np.full((POINTS, 2), np.nan, np.float32) if found is None else found)
+        if progress is not None:
+            progress(1)
+    return np.stack(rows) if rows else np.empty((0, POINTS, 2), np.float32)
+
+
+def bridge(landmarks: np.ndarray, max_gap: int = MAX_GAP) -> tuple[np.ndarray, np.ndarray]:
+    """Fill the frames without a face: finite float32 `[T, 68, 2]`, and present, bool `[T]`.
+
+    Missing frames are interpolated linearly between their neighbours, those at the ends repeat the nearest.
+    A gap of more than `max_gap` frames is filled too, so that every frame has a geometry, but counts as
+    absent. Raises UserError if no frame has a face.
+    """
+    found = ~np.isnan(landmarks).any(axis=(1, 2))
+    if not found.any():
+        raise UserError("no face was found in any frame of the video")
+    known, every = np.flatnonzero(found), np.arange(len(landmarks))
+    flat = landmarks.reshape(len(landmarks), -1)
+    columns = [np.interp(every, known, flat[known, column]) for column in range(flat.shape[1])]
+    filled = np.stack(columns, axis=1).reshape(landmarks.shape).astype(np.float32)
+    filled[found] = landmarks[found]
+    present = found.copy()
+    borders = np.concatenate([[-1], known, [len(landmarks)]])
+    for before, after in pairwise(borders.tolist()):
+        if after - before - 1 <= max_gap:
+            present[before + 1 : after] = True
+    return filled, present
