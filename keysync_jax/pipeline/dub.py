@@ -1,0 +1,381 @@
+"""From a video and a voice to a dubbed video: the whole path, phase by phase.
+
+Every phase streams or keeps its result on disk (`workspace`), so host memory does not grow with the
+clip but for landmarks, masks and audio features; and an interrupted run goes on where it was.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from keysync_jax.config import StageKind
+from keysync_jax.diffusion.guidance import Separated
+from keysync_jax.diffusion.schedule import align_your_steps
+from keysync_jax.errors import UserError
+from keysync_jax.media.audio import frames_of, read_audio
+from keysync_jax.media.composite import paste
+from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
+from keysync_jax.media.detectors import DETECTORS, make_detector
+from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks, save_landmarks
+from keysync_jax.media.masks import SIZE as MASK_SIZE
+from keysync_jax.media.masks import make_mask, to_latent
+from keysync_jax.media.playback import pingpong_frames
+from keysync_jax.media.timeline import Timeline, source_index
+from keysync_jax.media.video import VideoInfo, probe_video, read_frames, scan_timeline
+from keysync_jax.media.writer import VideoWriter, check_writable
+from keysync_jax.model import Model, model_bytes, open_model
+from keysync_jax.pipeline.features import audio_features
+from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
+from keysync_jax.pipeline.latents import decode_latents, encode_frames
+from keysync_jax.pipeline.phases import Advance, Phases
+from keysync_jax.pipeline.windows import Plan, make_plan, merge_windows, padded_length
+from keysync_jax.pipeline.workspace import ResumableArray, Workspace
+from keysync_jax.tensorfile import sha256_of
+
+
+@dataclass(frozen=True)
+class DubSettings:
+    """How to dub.
+
+    Attributes:
+      landmarks: a `.npy` file with landmarks `[frames, 68, 2]`, or the name of a detector.
+      landmark_model: the detector's model file, where it is not in the cache.
+      allow_download: fetch a detector's model file from its official address.
+      steps: of the align-your-steps schedule, at least 10; the model's own where None.
+      seed: of all noise; the same inputs, seed and device give the same result.
+      dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
+      quality: constant rate factor of the video, 0 (lossless) to 51.
+      windows_per_call: windows that one network call takes; more use an accelerator better.
+    """
+
+    landmarks: str = "mediapipe"
+    landmark_model: Path | None = None
+    allow_download: bool = False
+    steps: int | None = None
+    seed: int = 0
+    dtype: str | None = None
+    quality: int = 16
+    windows_per_call: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "fp32", "bf16"):
+            raise UserError(f"the dtype is fp32 or bf16, not {self.dtype}")
+        if not 0 <= self.quality <= 51:
+            raise UserError(f"the quality is 0 (lossless) to 51, not {self.quality}")
+        if self.windows_per_call < 1:
+            raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.dtype or ("fp32" if jax.default_backend() == "cpu" else "bf16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The video and the voice, probed.
+
+    Attributes:
+      frames: frames of the dub, as many as the voice needs.
+      timeline: the video's frames at 25 a second.
+      wave: the voice, 16 kHz mono.
+    """
+
+    video: Path
+    voice: Path
+    info: VideoInfo
+    timeline: Timeline
+    wave: np.ndarray
+
+    @property
+    def frames(self) -> int:
+        return frames_of(len(self.wave))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the length that covers every frame; frames beyond the dub's are dropped."""
+        return make_plan(padded_length(self.frames))
+
+    @cached_property
+    def shown(self) -> np.ndarray:
+        """Frame of the video that each of the plan's frames shows: the video plays to and fro."""
+        return np.array([source_index(i, len(self.timeline)) for i in range(self.plan.windows[-1][1] + 1)])
+
+    @property
+    def used(self) -> int:
+        """Frames of the video that the plan shows, from its beginning."""
+        return int(self.shown.max()) + 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the face is in each used frame of the video.
+
+    Attributes:
+      boxes: of the crop, `[N, 4]`.
+      present: whether there is a face to dub, `[N]`.
+      masks: at the latent resolution, `[N, s, s]` uint8.
+    """
+
+    boxes: np.ndarray
+    present: np.ndarray
+    masks: np.ndarray
+
+
+@dataclass(frozen=True)
+class DubReport:
+    """What `dub` did; `phases.table()` has time and memory."""
+
+    output: Path
+    frames: int
+    frames_without_face: int
+    phases: Phases = field(compare=False)
+
+
+def dub(
+    video: str | Path,
+    voice: str | Path,
+    output: str | Path,
+    model: str | Path | Model,
+    settings: DubSettings | None = None,
+    show_progress: bool = False,
+) -> DubReport:
+    """Dubs a video with a voice; the output is as long as the voice.
+
+    The face crop of every frame is generated anew below the nose bridge and pasted back into the full
+    frame; where no face is found the source passes through. A voice longer than the video plays it to
+    and fro. The voice is muxed at its own sample rate. An interrupted call goes on where it was when it
+    is repeated.
+
+    Args:
+      video: any file that PyAV reads; it is resampled to 25 frames a second.
+      voice: any file with sound.
+      output: .mp4, .m4v, .mov or .mkv.
+      model: a model directory (`keysync convert` makes one).
+
+    Raises:
+      UserError: an input cannot be used; nothing was written.
+    """
+    settings, video, voice, output = settings or DubSettings(), Path(video), Path(voice), Path(output)
+    phases = Phases(show=show_progress)
+    check_writable(output)
+    source = _probe(video, voice)
+    model = model if isinstance(model, Model) else _open(Path(model), phases)
+    sampling = Sampling(
+        Separated(model.config.guidance.audio, model.config.guidance.identity),
+        align_your_steps(settings.steps or model.config.steps),
+        settings.seed,
+        settings.windows_per_call,
+        model.config.vae.scale_factor,
+    )
+    work = Workspace(output, _fingerprint(source, model, settings, sampling))
+    try:
+        geometry = _geometry(source, model, settings, work, phases)
+        report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
+    except UserError:
+        work.remove()
+        raise
+    work.remove()
+    return report
+
+
+def _probe(video: Path, voice: Path) -> Source:
+    info = probe_video(video)
+    wave = read_audio(voice)
+    return Source(video, voice, info, scan_timeline(video), wave)
+
+
+def _open(folder: Path, phases: Phases) -> Model:
+    with phases.phase("checking", model_bytes(folder), "B") as advance:
+        return open_model(folder, advance)
+
+
+def _fingerprint(
+    source: Source, model: Model, settings: DubSettings, sampling: Sampling
+) -> dict[str, object]:
+    """Everything that landmarks, latents and generated frames depend on."""
+    landmarks = Path(settings.landmarks)
+    return {
+        "video": sha256_of(source.video),
+        "voice": sha256_of(source.voice),
+        "landmarks": sha256_of(landmarks) if landmarks.is_file() else settings.landmarks,
+        "model": dict(model.hashes),
+        "mask": model.config.mask,
+        "guidance": asdict(model.config.guidance),
+        "sigmas": sampling.sigmas.tolist(),
+        "seed": settings.seed,
+        "dtype": settings.compute_dtype,
+        "backend": jax.default_backend(),
+    }
+
+
+def _geometry(
+    source: Source, model: Model, settings: DubSettings, work: Workspace, phases: Phases
+) -> Geometry:
+    """Landmarks, then crop and mask of every used frame."""
+    stored = work.folder / "landmarks.npy"
+    with phases.phase("landmarks", source.used, "frames") as advance:
+        if stored.is_file():
+            found = load_landmarks(stored, source.used)
+            advance(source.used)
+        else:
+            found = _landmarks(source, settings, advance)
+            save_landmarks(stored, found)
+    landmarks, present = bridge(found)
+    boxes = crop_track(landmarks, present, source.info.height, source.info.width)
+    cropped = landmarks_in_crop(landmarks, boxes, MASK_SIZE)
+    size = model.config.keyframe.latent_size
+    # One by one: the full-size masks of a long clip together would take gigabytes.
+    masks = [to_latent(make_mask(points[None], model.config.mask), size)[0] for points in cropped]
+    return Geometry(boxes, present, np.stack(masks))
+
+
+def _landmarks(source: Source, settings: DubSettings, advance: Advance) -> np.ndarray:
+    """Landmarks of every used frame, NaN without a face: from a file or by a detector."""
+    if settings.landmarks in DETECTORS:
+        detector = make_detector(settings.landmarks, settings.landmark_model, settings.allow_download)
+        return detect_all(islice(read_frames(source.video), source.used), detector, advance)
+    found = load_landmarks(Path(settings.landmarks), len(source.timeline), source.timeline)
+    advance(source.used)
+    return found[: source.used]
+
+
+@dataclass
+class _Run:
+    """One dub after its inputs were checked: the phases, in the paper's order."""
+
+    source: Source
+    model: Model
+    settings: DubSettings
+    sampling: Sampling
+    geometry: Geometry
+    work: Workspace
+    phases: Phases
+
+    def to(self, output: Path) -> DubReport:
+        clip = Clip(self._encode().values, self.geometry.masks, self.source.shown)
+        features = self._listen()
+        keys = self._keyframes(clip, features)
+        windows = self._interpolate(clip, features, keys.values)
+        self._compose(windows.values, output)
+        absent = int((~self.geometry.present[self.source.shown[: self.source.frames]]).sum())
+        return DubReport(output, self.source.frames, absent, self.phases)
+
+    def _latents(self, name: str, rows: int, *inner: int) -> ResumableArray:
+        size, channels = self.model.config.keyframe.latent_size, self.model.config.vae.latent_channels
+        return self.work.array(name, (rows, *inner, size, size, channels))
+
+    def _encode(self) -> ResumableArray:
+        """Latents of the crop of every used frame."""
+        latents = self._latents("latents", self.source.used)
+        with self.phases.phase("encode", len(latents), "frames", latents.done) as advance:
+            if not latents.complete:
+                vae = self.model.load("vae", self.settings.compute_dtype)
+                for group in encode_frames(vae, self._crops(latents.done)):
+                    latents.append(group)
+                    advance(len(group))
+        return latents
+
+    def _crops(self, first: int) -> Iterator[np.ndarray]:
+        size = self.model.config.crop_size
+        frames = islice(read_frames(self.source.video), first, self.source.used)
+        for frame, box in zip(frames, self.geometry.boxes[first:], strict=True):
+            yield crop_frame(frame, box, size)
+
+    def _listen(self) -> dict[StageKind, Features]:
+        """Features of the voice for each stage, from the encoder that the stage was trained on.
+
+        The plan can reach up to 12 frames past the voice; those frames, dropped later, repeat the last
+        vectors, so the features of the voice itself do not depend on the plan.
+        """
+        config, frames = self.model.config, self.source.frames
+        planned = len(self.source.shown)
+        made: dict[str, Features] = {}
+        kinds = sorted({config.keyframe.audio_encoder, config.interpolation.audio_encoder})
+        with self.phases.phase("audio", len(kinds), "encoders") as advance:
+            for kind in kinds:
+                params = self.model.load(f"audio_{kind}", "fp32").params
+                vectors = audio_features(config.encoders[kind], params, self.source.wave, frames)
+                made[kind] = Features(kind, np.concatenate([vectors, vectors[[-1] * (planned - frames)]]))
+                advance(1)
+        stages: dict[StageKind, Features] = {
+            "keyframe": made[config.keyframe.audio_encoder],
+            "interpolation": made[config.interpolation.audio_encoder],
+        }
+        for stage, features in stages.items():
+            check_features(config.stage(stage), features, planned)
+        return stages
+
+    def _keyframes(self, clip: Clip, features: dict[StageKind, Features]) -> ResumableArray:
+        plan, latents = self.source.plan, self._latents("keyframes", len(self.source.plan.keyframes))
+        kept = [len(call.kept) for call in plan.keyframe_calls]
+        calls = sum(n > 0 for n in kept)
+        first = int(np.searchsorted(np.cumsum(kept), latents.done, side="right"))
+        with self.phases.phase("keyframes", calls, "calls", first) as advance:
+            if not latents.complete:
+                network = self.model.load("keyframe", self.settings.compute_dtype)
+                for rows in keyframes(network, clip, plan, features["keyframe"], self.sampling, first):
+                    latents.append(rows)
+                    advance(1)
+        return latents
+
+    def _interpolate(
+        self, clip: Clip, features: dict[StageKind, Features], keyframe_latents: np.ndarray
+    ) -> ResumableArray:
+        plan = self.source.plan
+        latents = self._latents("windows", len(plan.windows), self.model.config.interpolation.frames)
+        with self.phases.phase("interpolation", len(latents), "windows", latents.done) as advance:
+            if not latents.complete:
+                network = self.model.load("interpolation", self.settings.compute_dtype)
+                inputs = (network, clip, plan, features["interpolation"], keyframe_latents, self.sampling)
+                for window in interpolation(*inputs, latents.done):
+                    latents.append(window[None])
+                    advance(1)
+        return latents
+
+    def _compose(self, windows: np.ndarray, output: Path) -> None:
+        """Decodes the windows, pastes each frame into the source's and writes the video."""
+        info, geometry, source = self.source.info, self.geometry, self.source
+        vae = self.model.load("vae", self.settings.compute_dtype)
+        generated = merge_windows(decode_latents(vae, window) for window in windows)
+        originals = pingpong_frames(source.video, source.frames, timeline=source.timeline)
+        with (
+            self.phases.phase("compose", source.frames, "frames") as advance,
+            VideoWriter(
+                output,
+                info.width,
+                info.height,
+                source.voice,
+                quality=self.settings.quality,
+                colour=info.colour,
+                aspect=info.aspect,
+            ) as writer,
+        ):
+            for frame in composed(originals, generated, geometry, source.shown):
+                writer.write(frame)
+                advance(1)
+
+
+def composed(
+    originals: Iterable[np.ndarray], generated: Iterable[np.ndarray], geometry: Geometry, shown: np.ndarray
+) -> Iterator[np.ndarray]:
+    """The dub's frames before encoding.
+
+    Args:
+      originals: uint8 `[H, W, 3]` of every frame of the dub; they end the iteration.
+      generated: decoded crops `[S, S, 3]` in [0, 255], at least as many.
+      shown: frame of the video that each frame of the dub shows.
+
+    Yields:
+      uint8 `[H, W, 3]`: the original where there is no face, and outside the pasted region.
+    """
+    for original, crop, at in zip(originals, generated, shown, strict=False):
+        if geometry.present[at]:
+            face = np.rint(np.clip(crop, 0, 255)).astype(np.uint8)
+            yield paste(original, face, geometry.masks[at], geometry.boxes[at])
+        else:
+            yield original

@@ -1,0 +1,160 @@
+"""The two stages over a whole clip: keyframes first, then the frames between them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from keysync_jax.config import EncoderKind, StageConfig
+from keysync_jax.diffusion.guidance import Guidance
+from keysync_jax.errors import UserError
+from keysync_jax.model import Network
+from keysync_jax.pipeline.sampling import Windows, sample_windows
+from keysync_jax.pipeline.windows import Plan
+
+KEYFRAME_STREAM, INTERPOLATION_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """Audio features of a clip and the encoder that made them.
+
+    Attributes:
+      vectors: `[frames, 2, audio_dim]` fp32.
+    """
+
+    encoder: EncoderKind
+    vectors: np.ndarray
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What both stages take from the source.
+
+    Attributes:
+      latents: scaled `[N, s, s, 4]` fp32 of the source's frames.
+      masks: `[N, s, s]` uint8, 1 = generate.
+      source: frame of the source that each of the plan's frames shows.
+    """
+
+    latents: np.ndarray
+    masks: np.ndarray
+    source: np.ndarray
+
+    def window(self, frames: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Latents `[T, s, s, 4]` and masks `[T, s, s, 1]` of the plan's frames."""
+        shown = self.source[frames]
+        return self.latents[shown], self.masks[shown][..., None].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+      sigmas: noise levels `[steps + 1]`, the last 0.
+      seed: of all noise.
+      windows_per_call: windows that one network call takes; the last call is filled up.
+      scale_factor: stored latents are raw ones times this.
+    """
+
+    guidance: Guidance
+    sigmas: np.ndarray
+    seed: int = 0
+    windows_per_call: int = 1
+    scale_factor: float = 0.18215
+
+    def noise(self, stream: int, call: int, shape: tuple[int, ...]) -> jax.Array:
+        """The noise of one window: it depends on the seed, the stage and the window's number alone."""
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), stream), call)
+        return jax.random.normal(key, shape)
+
+
+def check_features(config: StageConfig, features: Features, frames: int) -> None:
+    """Refuses features of another encoder than the stage was trained on, or too few of them."""
+    if features.encoder != config.audio_encoder:
+        raise UserError(
+            f"the {config.kind} stage was trained on {config.audio_encoder} features, "
+            f"it was given {features.encoder} features; sync would be lost"
+        )
+    if features.vectors.shape != (frames, 2, config.audio_dim):
+        raise UserError(
+            f"the {config.kind} stage needs audio features of shape {[frames, 2, config.audio_dim]}, "
+            f"not {list(features.vectors.shape)}"
+        )
+
+
+def keyframes(
+    network: Network, clip: Clip, plan: Plan, features: Features, sampling: Sampling, first_call: int = 0
+) -> Iterator[np.ndarray]:
+    """Latents of the keyframes, call by call.
+
+    The identity frame z_id is the clip's frame 0.
+
+    Args:
+      first_call: calls that an earlier run has done.
+
+    Yields:
+      The keyframes of each call that has any, `[n, s, s, 4]` scaled, anchors and padding dropped.
+    """
+    identity = clip.latents[clip.source[0]] / np.float32(sampling.scale_factor)
+
+    def inputs(call: int) -> Windows:
+        frames = list(plan.keyframe_calls[call].source)
+        latents, masks = clip.window(frames)
+        noise = sampling.noise(KEYFRAME_STREAM, call, latents.shape)
+        return Windows(noise, features.vectors[frames], identity[None], latents, masks)
+
+    calls = sum(bool(call.kept) for call in plan.keyframe_calls)
+    for call, latents in _sampled(network, inputs, first_call, calls, sampling):
+        yield latents[plan.keyframe_calls[call].kept]
+
+
+def interpolation(
+    network: Network,
+    clip: Clip,
+    plan: Plan,
+    features: Features,
+    keyframe_latents: np.ndarray,
+    sampling: Sampling,
+    first_window: int = 0,
+) -> Iterator[np.ndarray]:
+    """Latents of all frames, window by window.
+
+    Args:
+      keyframe_latents: scaled `[K, s, s, 4]`.
+      first_window: windows that an earlier run has done.
+
+    Yields:
+      `[T, s, s, 4]` scaled of each window in order; its ends are the keyframes themselves.
+    """
+
+    def inputs(window: int) -> Windows:
+        start, end = plan.windows[window]
+        frames = list(range(start, end + 1))
+        latents, masks = clip.window(frames)
+        ends = keyframe_latents[window : window + 2] / np.float32(sampling.scale_factor)
+        noise = sampling.noise(INTERPOLATION_STREAM, window, latents.shape)
+        return Windows(noise, features.vectors[frames], ends, latents, masks)
+
+    for window, latents in _sampled(network, inputs, first_window, len(plan.windows), sampling):
+        yield np.concatenate(
+            [keyframe_latents[window][None], latents[1:-1], keyframe_latents[window + 1][None]]
+        )
+
+
+def _sampled(
+    network: Network, inputs: Callable[[int], Windows], first: int, count: int, sampling: Sampling
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Samples windows `first` to `count` in batches of one shape; yields (window, latents)."""
+    sigmas = jnp.asarray(sampling.sigmas, jnp.float32)
+    for start in range(first, count, sampling.windows_per_call):
+        numbers = range(start, min(start + sampling.windows_per_call, count))
+        rows = [inputs(n) for n in numbers]
+        rows += rows[-1:] * (sampling.windows_per_call - len(rows))
+        batch = Windows(*(np.stack([np.asarray(x) for x in field]) for field in zip(*rows, strict=True)))
+        yield from zip(
+            numbers, np.asarray(sample_windows(*network, batch, sampling.guidance, sigmas)), strict=False
+        )

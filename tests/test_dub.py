@@ -1,0 +1,316 @@
+"""The whole path from a video and a voice to the dubbed file, with a tiny model."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from keysync_jax.cli import main
+from keysync_jax.errors import UserError
+from keysync_jax.media.composite import pasted_region
+from keysync_jax.media.playback import pingpong_frames
+from keysync_jax.media.timeline import source_index
+from keysync_jax.media.writer import VideoWriter
+from keysync_jax.model import open_model
+from keysync_jax.pipeline import dub as dub_module
+from keysync_jax.pipeline import generate
+from keysync_jax.pipeline.dub import DubReport, DubSettings, dub
+from keysync_jax.pipeline.generate import Features, check_features
+from keysync_jax.pipeline.phases import Phases
+from tests.clips import face_landmarks, write_video, write_voice
+
+FRAMES = 30
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a video, its landmarks and a voice of 1.1 s, which is 28 frames."""
+    folder = tmp_path_factory.mktemp("clip")
+    write_voice(folder / "voice.wav", 1.1)
+    write_voice(folder / "longer.wav", 1.9)
+    write_video(folder / "video.mp4", FRAMES)
+    np.save(folder / "landmarks.npy", face_landmarks(FRAMES))
+    return folder
+
+
+def settings(clip: Path, **changes: Any) -> DubSettings:
+    return DubSettings(**{"landmarks": str(clip / "landmarks.npy"), **changes})
+
+
+class Captured:
+    """The frames given to the encoder and the geometry they were pasted with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.frames: list[np.ndarray] = []
+        self.geometry: Any = None
+        write, composed = VideoWriter.write, dub_module.composed
+
+        def keep_frame(writer: VideoWriter, frame: np.ndarray) -> None:
+            self.frames.append(frame.copy())
+            write(writer, frame)
+
+        def keep_geometry(originals: Any, generated: Any, geometry: Any, shown: Any) -> Iterator[np.ndarray]:
+            self.geometry = geometry
+            return composed(originals, generated, geometry, shown)
+
+        monkeypatch.setattr(VideoWriter, "write", keep_frame)
+        monkeypatch.setattr(dub_module, "composed", keep_geometry)
+
+
+def described(path: Path) -> dict[str, Any]:
+    with av.open(str(path)) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        samples = sum(f.samples for f in container.decode(audio))
+        container.seek(0)
+        return {
+            "size": (video.width, video.height),
+            "fps": video.average_rate,
+            "frames": sum(1 for _ in container.decode(video)),
+            "rate": audio.rate,
+            "samples": samples,
+        }
+
+
+def assert_untouched_outside(captured: Captured, video: Path, count: int, source_frames: int) -> None:
+    """Bit-identical to the source outside the pasted region, changed inside it."""
+    originals = pingpong_frames(video, count)
+    for i, (frame, original) in enumerate(zip(captured.frames, originals, strict=True)):
+        at = source_index(i, source_frames)
+        geometry = captured.geometry
+        region = pasted_region(geometry.masks[at], geometry.boxes[at], frame.shape)
+        assert 0 < region.mean() < 0.9
+        np.testing.assert_array_equal(frame[~region], original[~region])
+        assert (frame[region] != original[region]).mean() > 0.5
+
+
+def test_dub_covers_the_voice_and_leaves_the_rest_alone(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = Captured(monkeypatch)
+    output = tmp_path / "out.mp4"
+    report = dub(clip / "video.mp4", clip / "voice.wav", output, tiny_model, settings(clip))
+    assert report.frames == 28
+    assert report.frames_without_face == 0
+    found = described(output)
+    assert found | {"samples": 0} == {
+        "size": (96, 80), "fps": Fraction(25), "frames": 28, "rate": 22_050, "samples": 0,
+    }  # fmt: skip
+    assert found["samples"] >= round(1.1 * 22_050)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+    assert_untouched_outside(captured, clip / "video.mp4", 28, FRAMES)
+
+
+def test_a_longer_voice_compiles_nothing_new_and_plays_the_video_to_and_fro(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "a.mp4", tiny_model, settings(clip))
+    captured = Captured(monkeypatch)
+    second = dub(clip / "video.mp4", clip / "longer.wav", tmp_path / "b.mp4", tiny_model, settings(clip))
+    assert second.frames == 48 > first.frames
+    assert sum(p.compiled for p in second.phases.done) == 0
+    assert_untouched_outside(captured, clip / "video.mp4", 48, FRAMES)
+    table = second.phases.table()
+    assert "interpolation" in table
+    assert "GiB" in table
+
+
+def test_the_same_call_gives_the_same_frames_and_another_seed_others(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frames(**changes: Any) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            captured = Captured(patch)
+            dub(
+                clip / "video.mp4",
+                clip / "voice.wav",
+                tmp_path / "o.mp4",
+                tiny_model,
+                settings(clip, **changes),
+            )
+        return np.stack(captured.frames)
+
+    once = frames()
+    np.testing.assert_array_equal(frames(), once)
+    assert (frames(seed=1) != once).any()
+
+
+def test_frames_without_a_face_pass_through(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    landmarks = face_landmarks(FRAMES)
+    landmarks[3] = np.nan  # bridged
+    landmarks[10:] = np.nan  # too long to bridge
+    np.save(tmp_path / "gaps.npy", landmarks)
+    captured = Captured(monkeypatch)
+    gaps = settings(clip, landmarks=str(tmp_path / "gaps.npy"))
+    report = dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, gaps)
+    assert report.frames_without_face == 18
+    originals = list(pingpong_frames(clip / "video.mp4", 28))
+    changed = [bool((a != b).any()) for a, b in zip(captured.frames, originals, strict=True)]
+    assert changed == [True] * 10 + [False] * 18
+
+
+@pytest.mark.parametrize("stop_in", ["keyframes", "interpolation", "compose"])
+def test_an_interrupted_dub_goes_on_where_it_was(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_in: str
+) -> None:
+    def run(output: str, patch: pytest.MonkeyPatch) -> tuple[DubReport, np.ndarray]:
+        captured = Captured(patch)
+        report = dub(clip / "video.mp4", clip / "longer.wav", tmp_path / output, tiny_model, settings(clip))
+        return report, np.stack(captured.frames)
+
+    with monkeypatch.context() as patch:
+        _, whole = run("whole.mp4", patch)
+    with monkeypatch.context() as patch:
+        stop(patch, stop_in)
+        with pytest.raises(KeyboardInterrupt):
+            run("out.mp4", patch)
+    assert not (tmp_path / "out.mp4").exists()
+    assert (tmp_path / ".out.mp4.work").is_dir()
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        sample = generate.sample_windows
+        patch.setattr(generate, "sample_windows", lambda *a: calls.append(1) or sample(*a))
+        _report, frames = run("out.mp4", patch)
+    np.testing.assert_array_equal(frames, whole)
+    assert len(calls) == {"keyframes": 1 + 4, "interpolation": 3, "compose": 0}[stop_in]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "whole.mp4"]
+
+
+def stop(patch: pytest.MonkeyPatch, phase: str) -> None:
+    """Ctrl-C in the keyframe call, after the first interpolation window, or while composing."""
+    sample, calls = generate.sample_windows, []
+
+    def sample_and_stop(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == {"keyframes": 1, "interpolation": 3}.get(phase):
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    def write(writer: VideoWriter, frame: np.ndarray) -> None:
+        raise KeyboardInterrupt
+
+    patch.setattr(generate, "sample_windows", sample_and_stop)
+    if phase == "compose":
+        patch.setattr(VideoWriter, "write", write)
+
+
+def test_features_of_the_wrong_encoder_are_refused(tiny_model: Path) -> None:
+    config = open_model(tiny_model).config.keyframe
+    with pytest.raises(UserError, match="trained on hubert features, it was given wavlm features"):
+        check_features(config, Features("wavlm", np.zeros((14, 2, 768), np.float32)), 14)
+    with pytest.raises(UserError, match=r"shape \[14, 2, 768\], not \[13, 2, 768\]"):
+        check_features(config, Features("hubert", np.zeros((13, 2, 768), np.float32)), 14)
+
+
+def test_windows_per_call_do_not_change_the_result(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def frames(n: int) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            captured = Captured(patch)
+            changed = settings(clip, windows_per_call=n)
+            dub(clip / "video.mp4", clip / "longer.wav", tmp_path / "o.mp4", tiny_model, changed)
+        return np.stack(captured.frames).astype(int)
+
+    assert np.abs(frames(1) - frames(3)).max() <= 1
+
+
+BAD = {
+    "unreadable video": ({"video": "text.mp4"}, "text.mp4"),
+    "missing video": ({"video": "nowhere.mp4"}, "nowhere.mp4"),
+    "video without a picture": ({"video": "voice.wav"}, "no video stream"),
+    "unreadable voice": ({"audio": "text.mp4"}, "text.mp4"),
+    "voice without sound": ({"audio": "video.mp4"}, "no audio stream"),
+    "empty voice": ({"audio": "empty.wav"}, "empty.wav"),
+    "zero frames": ({"video": "empty.mp4"}, "empty.mp4"),
+    "no face": ({"landmarks": "faceless.npy"}, "no face was found"),
+    "short landmarks": ({"landmarks": "short.npy"}, "landmarks for 5 frames, but the video has 30"),
+    "no landmarks": ({"landmarks": "nowhere.npy"}, "nowhere.npy does not exist"),
+    "no model": ({"model": "nowhere"}, "not a model directory"),
+    "output folder": ({"output": "nowhere/out.mp4"}, "nowhere does not exist"),
+    "output is a folder": ({"output": "folder.mp4"}, "it is a folder"),
+    "output suffix": ({"output": "out.txt"}, "must end in one of"),
+    "steps": ({"--steps": "9"}, "at least 10 steps"),
+    "quality": ({"--quality": "60"}, "0 (lossless) to 51"),
+    "windows": ({"--windows-per-call": "0"}, "at least 1 window"),
+}
+
+
+def without_pictures(mp4: bytes) -> bytes:
+    """The same file with zeros in place of its coded frames."""
+    start = mp4.index(b"mdat") + 4
+    stop = start - 8 + int.from_bytes(mp4[start - 8 : start - 4], "big")
+    return mp4[:start] + bytes(stop - start) + mp4[stop:]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    clip: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    changes, sentence = BAD[case]
+    folder = Path(shutil.copytree(clip, tmp_path / "inputs"))
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "folder.mp4").mkdir()
+    write_voice(folder / "empty.wav", 0)
+    (folder / "empty.mp4").write_bytes(without_pictures((folder / "video.mp4").read_bytes()))
+    np.save(folder / "faceless.npy", np.full((FRAMES, 68, 2), np.nan, np.float32))
+    np.save(folder / "short.npy", face_landmarks(5))
+    before = sorted(folder.rglob("*"))
+    options = {"video": "video.mp4", "audio": "voice.wav", "output": "out.mp4", "landmarks": "landmarks.npy"}
+    files = {k: str(folder / v) for k, v in {**options, **changes}.items() if k in options}
+    model = str(folder / changes["model"]) if "model" in changes else str(tiny_model)
+    command = ["dub", files["video"], files["audio"], "-o", files["output"], "--model", model]
+    command += ["--landmarks", files["landmarks"]]
+    command += [x for k, v in changes.items() if k.startswith("--") for x in (k, v)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("keysync: "), error
+    assert sentence in last
+    assert "Traceback" not in error
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("landmarks", ["file", "mediapipe"])
+def test_the_real_clip(
+    real: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landmarks: str
+) -> None:
+    if landmarks == "mediapipe":
+        pytest.importorskip("mediapipe")
+        chosen = DubSettings(landmarks="mediapipe", landmark_model=real / "face_landmarker.task")
+    else:
+        chosen = DubSettings(landmarks=str(real / "demo1_landmarks.npy"))
+    captured = Captured(monkeypatch)
+    output = tmp_path / "out.mp4"
+    report = dub(real / "demo1_video.mp4", real / "demo1_audio.wav", output, tiny_model, chosen)
+    found = described(output)
+    assert found["size"] == (1080, 1920)
+    assert found["fps"] == 25
+    assert found["frames"] == report.frames == 240
+    assert found["rate"] == 16_000
+    assert found["samples"] >= 153_600
+    assert_untouched_outside(captured, real / "demo1_video.mp4", 240, 250)
+
+
+def test_the_report_counts_time_programs_and_memory() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    phases = Phases(show=False)
+    with phases.phase("one", 2, "units") as advance:
+        jax.jit(lambda x: x * 3 + json.loads("2"))(jnp.ones(7))
+        advance(2)
+    with phases.phase("two", 1, "units"):
+        pass
+    one, two = phases.done
+    assert one.compiled >= 1
+    assert one.seconds > one.compile_seconds > 0
+    assert two.compiled == 0
+    assert two.peak_bytes >= one.peak_bytes > 2**26
