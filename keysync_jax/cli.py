@@ -1,0 +1,186 @@
+"""The command `keysync`: one subcommand a job, each also a Python function.
+
+Nothing heavy is imported before a subcommand runs, so `keysync --help` is quick.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from keysync_jax import __version__
+from keysync_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit code.
+
+    0: done. 1: a check did not hold (`parity`). 2: something the user gave cannot be used, said in one
+    sentence on stderr. 130: interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("keysync: interrupted; the same command goes on where this one was", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(
+                f"the disk is full ({error.filename or 'while writing'}); the same command goes on later"
+            )
+        raise
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _fail("the device has too little memory; try --dtype bf16 or fewer --windows-per-call")
+        raise
+
+
+def _fail(sentence: str) -> int:
+    print(f"keysync: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="keysync", description="Audio-driven lip synchronisation in JAX.")
+    parser.add_argument("--version", action="version", version=f"keysync_jax {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_convert(commands)
+    _add_dub(commands)
+    _add_parity(commands)
+    return parser
+
+
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("convert", help="PyTorch checkpoints to a model directory")
+    parser.add_argument(
+        "--keyframe", type=Path, required=True, metavar="FILE", help="keyframe stage (.pt, ...)"
+    )
+    parser.add_argument(
+        "--interpolation", type=Path, required=True, metavar="FILE", help="interpolation stage"
+    )
+    parser.add_argument(
+        "--vae", type=Path, required=True, metavar="PATH", help="SVD file, or diffusers' vae folder"
+    )
+    for stage in ("keyframe", "interpolation"):
+        parser.add_argument(
+            f"--audio-{stage}",
+            required=True,
+            metavar="KIND=PATH",
+            help=f"encoder that the {stage} stage was trained on (hubert, wav2vec2, wavlm), its checkpoint",
+        )
+    parser.add_argument("--head-size", type=int, default=64, help="width of an attention head (default 64)")
+    parser.add_argument(
+        "--mask", default="box", choices=("box", "full", "heart", "mouth"), help="training mask"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from keysync_jax.convert.checkpoint import AudioSource, Checkpoints, convert
+
+    checkpoints = Checkpoints(
+        arguments.keyframe,
+        arguments.interpolation,
+        arguments.vae,
+        {
+            "keyframe": AudioSource.parse(arguments.audio_keyframe),
+            "interpolation": AudioSource.parse(arguments.audio_interpolation),
+        },
+    )
+    with tqdm(desc="writing", unit="B", unit_scale=True) as bar:
+        config = convert(checkpoints, arguments.output, arguments.head_size, arguments.mask, bar.update)
+    for stage in (config.keyframe, config.interpolation):
+        print(f"{stage.kind}: audio from {stage.audio_encoder}, U-Net widths {stage.unet.block_out_channels}")
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+def _add_dub(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("dub", help="dub a video with a voice")
+    parser.add_argument("video", type=Path, metavar="VIDEO")
+    parser.add_argument("audio", type=Path, metavar="AUDIO", help="the new voice, any file with sound")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4")
+    parser.add_argument("--model", type=Path, required=True, metavar="MODEL_DIR", help="see keysync convert")
+    parser.add_argument(
+        "--landmarks",
+        default="mediapipe",
+        metavar="FILE|mediapipe|face_alignment",
+        help="a .npy file [frames, 68, 2], or a detector (default mediapipe)",
+    )
+    parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="fetch the detector's model file if needed"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="align-your-steps, 10 or more (default: the model's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16, on CPU fp32")
+    parser.add_argument(
+        "--quality", type=int, default=16, metavar="CRF", help="0 (lossless) to 51 (default 16)"
+    )
+    parser.add_argument(
+        "--windows-per-call", type=int, default=1, metavar="N", help="batch of windows (default 1)"
+    )
+    parser.set_defaults(run=_dub)
+
+
+def _dub(arguments: argparse.Namespace) -> int:
+    _keep_compiled_programs()
+    from keysync_jax.pipeline.dub import DubSettings, dub
+
+    settings = DubSettings(
+        landmarks=arguments.landmarks,
+        landmark_model=arguments.landmark_model,
+        allow_download=arguments.allow_download,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        quality=arguments.quality,
+        windows_per_call=arguments.windows_per_call,
+    )
+    report = dub(
+        arguments.video, arguments.audio, arguments.output, arguments.model, settings, show_progress=True
+    )
+    print(report.phases.table())
+    if report.frames_without_face:
+        print(f"{report.frames_without_face} frames without a face passed through undubbed")
+    print(f"wrote {report.output}: {report.frames} frames, {report.frames / 25:.2f} s")
+    return 0
+
+
+def _add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("parity", help="compare with the PyTorch reference's numbers")
+    parser.add_argument(
+        "--golden", required=True, metavar="PREFIX", help="of PREFIX.manifest.json and PREFIX.safetensors"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the networks (default fp32)"
+    )
+    parser.set_defaults(run=_parity)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from keysync_jax.parity import compare, report
+
+    held = report(compare(arguments.golden, arguments.dtype), write=lambda line: print(line, flush=True))
+    return 0 if held else 1
+
+
+def _keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs on disk, so that the next run compiles nothing."""
+    from keysync_jax.media.assets import cache_folder
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
