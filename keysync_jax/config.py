@@ -285,8 +285,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _dataclass(kind, value, where)
     if origin is Literal and value in args:
         return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_value(args[0], v, where) for v in value)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) == len(value):
+            return tuple(_value(k, v, where) for k, v in zip(kinds, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin in (typing.Union, types.UnionType):

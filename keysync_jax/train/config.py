@@ -1,0 +1,188 @@
+"""Everything that a training run is told, typed. `configs/*.py` fill it; `--config.x=y` overrides.
+
+The defaults are the paper's (table 7) where it says, else the release's training scripts'.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from keysync_jax.config import EncoderKind, MaskKind, StageConfig, VAEConfig
+from keysync_jax.errors import UserError
+
+PixelLoss = Literal["none", "l2", "l1", "lpips"]
+InitKind = Literal["none", "svd", "keysync"]
+
+FROZEN = (
+    r"\.temporal_res_block\.",
+    r"\.temporal_transformer_blocks\.",
+    r"\.time_mixer\.",
+    r"\.time_pos_embed\.",
+)
+"""All temporal layers: what the release freezes by the name `time_` except `time_embed`."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the weights of a new run come from.
+
+    Attributes:
+      kind: "none": random; "svd": SVD's, in either layout, the new tensors initialised as the release
+        does; "keysync": the stage of a model directory.
+      path: the checkpoint, or the model directory.
+      vae: VAE's weights, needed by the pixel loss and the preview: a model directory, or SVD's
+        checkpoint in either layout; empty: random (for tests).
+    """
+
+    kind: InitKind = "none"
+    path: str = ""
+    vae: str = ""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a batch is made of; a batch is a function of (seed, step) alone.
+
+    Attributes:
+      paths: dataset folders that `keysync prepare` made.
+      weights: share of the samples drawn from each; equal for every clip where empty.
+      mask: strategy of the masks.
+      keyframe_stride: frames between the frames of a keyframe sample.
+      sample_posterior: draw latents anew from the stored posterior; its mean where false.
+      flip: probability of a left-right flip of a whole clip.
+      audio_noise: standard deviation of noise added to the audio features.
+      reference_noise: standard deviation of noise added to the reference latents (raw).
+      workers: processes that read ahead; 0 reads in the training process.
+    """
+
+    paths: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    mask: MaskKind = "box"
+    keyframe_stride: int = 13
+    sample_posterior: bool = True
+    flip: float = 0.0
+    audio_noise: float = 0.0
+    reference_noise: float = 0.0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.paths):
+            raise UserError(f"data.weights has {len(self.weights)} entries for {len(self.paths)} data.paths")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss (eq. 3 to 6) and the noise levels it is taken at.
+
+    Attributes:
+      p_mean, p_std: ln sigma ~ N(p_mean, p_std^2), one sigma a clip.
+      drop_audio, drop_reference: probability that a clip's condition is zeroed, independently.
+      pixel: of the RGB loss on one random frame through the decoder.
+      pixel_weight: lambda_2.
+    """
+
+    p_mean: float = 1.0
+    p_std: float = 1.2
+    drop_audio: float = 0.2
+    drop_reference: float = 0.1
+    pixel: PixelLoss = "l2"
+    pixel_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up to a constant rate.
+
+    Attributes:
+      clip: largest global norm of the gradient; 0: no clipping.
+      accumulate: batches whose gradients make one update.
+      ema: decay of the exponential moving average of the weights; 0: none.
+      frozen: regular expressions; a parameter whose path one of them finds does not move.
+    """
+
+    learning_rate: float = 1e-5
+    warmup: int = 1000
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
+    frozen: tuple[str, ...] = FROZEN
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a grid, and how parameters lie on it.
+
+    Attributes:
+      data, fsdp: sizes of the axes; -1: what is left. The batch is split over both.
+      rules: (regular expression, axis name of each of the last dimensions, "" for none); the first
+        that finds a parameter's path counts. A dimension that the axis does not divide is not split.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = ((r".*", ("fsdp",)),)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the training state is saved.
+
+    Attributes:
+      every: steps from one to the next.
+      keep: latest ones that are kept.
+      keep_every: steps whose checkpoints are kept for good; 0: none.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    keep_every: int = 10_000
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training.
+
+    Attributes:
+      every: steps between lines of metrics.
+      preview_every: steps between preview videos; 0: none.
+      preview_clip: number of the clip, of the first dataset, that previews show.
+      wandb: send metrics to Weights & Biases too, where it is installed.
+    """
+
+    every: int = 50
+    preview_every: int = 0
+    preview_clip: int = 0
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run.
+
+    Attributes:
+      batch_size: clips of a step, over all devices and hosts.
+      dtype: of the computation; master weights are fp32.
+      remat: recompute each block in the backward pass instead of keeping its inside.
+    """
+
+    stage: StageConfig
+    vae: VAEConfig = VAEConfig()
+    init: InitConfig = InitConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = field(default_factory=LogConfig)
+    batch_size: int = 32
+    steps: int = 60_000
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    remat: bool = True
+
+    @property
+    def audio_encoder(self) -> EncoderKind:
+        return self.stage.audio_encoder
