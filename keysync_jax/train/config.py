@@ -169,7 +169,7 @@ class TrainConfig:
     """
 
     stage: StageConfig
-    vae: VAEConfig = VAEConfig()
+    vae: VAEConfig = field(default_factory=VAEConfig)
     init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
