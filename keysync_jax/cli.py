@@ -26,13 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("keysync: interrupted; the same command goes on where this one was", file=sys.stderr)
+        goes_on = "; the same command goes on where this one was" if arguments.resumable else ""
+        print(f"keysync: interrupted{goes_on}", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(
-                f"the disk is full ({error.filename or 'while writing'}); the same command goes on later"
-            )
+            return _fail(f"the disk is full ({error.filename or 'while writing'})")
         raise
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
@@ -78,7 +77,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--mask", default="box", choices=("box", "full", "heart", "mouth"), help="training mask"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
-    parser.set_defaults(run=_convert)
+    parser.set_defaults(run=_convert, resumable=False)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -130,7 +129,7 @@ def _add_dub(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--windows-per-call", type=int, default=1, metavar="N", help="batch of windows (default 1)"
     )
-    parser.set_defaults(run=_dub)
+    parser.set_defaults(run=_dub, resumable=True)
 
 
 def _dub(arguments: argparse.Namespace) -> int:
@@ -165,7 +164,7 @@ def _add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the networks (default fp32)"
     )
-    parser.set_defaults(run=_parity)
+    parser.set_defaults(run=_parity, resumable=False)
 
 
 def _parity(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,9 @@ from keysync_jax.errors import UserError
 EncoderKind = Literal["hubert", "wav2vec2", "wavlm"]
 StageKind = Literal["keyframe", "interpolation"]
 MaskKind = Literal["box", "full", "heart", "mouth"]
+Remat = Literal["none", "block", "layer"]
+"""What a backward pass computes again instead of keeping it: nothing, the inside of each resnet and
+transformer, or the inside of each resnet and of each layer of a transformer."""
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,9 @@ class _StageEntries:
 
     def __init__(self, golden: Golden, kind: StageKind, dtype: str):
         self.golden, self.config = golden, golden.stage_config(kind)
-        # Blocks are recomputed in the backward pass, so that full size fits in memory.
+        # The backward pass keeps as little as it can, so that full size fits in memory.
         graphdef, abstract = shapes(
-            lambda rngs: stage(self.config, dtype=DTYPES[dtype], remat=True, rngs=rngs)
+            lambda rngs: stage(self.config, dtype=DTYPES[dtype], remat="layer", rngs=rngs)
         )
         wanted = {k: v.shape for k, v in abstract.items()}
         table = stage_table(self.config, wanted)
@@ -215,7 +215,8 @@ class _StageEntries:
         paths = {self.rows[e.split("/", 2)[2]].path for e in outputs if e.split("/")[1] == "grad"}
         some = {k: v for k, v in self.params.items() if k in paths}
         rest = {k: v for k, v in self.params.items() if k not in paths}
-        return jax.jit(jax.value_and_grad(loss))(some, rest)
+        # Not under jit: the parts run as programs of their own (nn/remat.py).
+        return jax.value_and_grad(loss)(some, rest)
 
 
 class _VAEEntries:

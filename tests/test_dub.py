@@ -1,6 +1,8 @@
 """The whole path from a video and a voice to the dubbed file, with a tiny model."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from fractions import Fraction
@@ -238,6 +240,7 @@ BAD = {
     "output is a folder": ({"output": "folder.mp4"}, "it is a folder"),
     "output suffix": ({"output": "out.txt"}, "must end in one of"),
     "steps": ({"--steps": "9"}, "at least 10 steps"),
+    "zero steps": ({"--steps": "0"}, "at least 10 steps"),
     "quality": ({"--quality": "60"}, "0 (lossless) to 51"),
     "windows": ({"--windows-per-call": "0"}, "at least 1 window"),
 }
@@ -314,3 +317,21 @@ def test_the_report_counts_time_programs_and_memory() -> None:
     assert one.seconds > one.compile_seconds > 0
     assert two.compiled == 0
     assert two.peak_bytes >= one.peak_bytes > 2**26
+
+
+def test_a_full_disk_is_noticed_before_anything_is_mapped(
+    clip: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    command = ["dub", str(clip / "video.mp4"), str(clip / "voice.wav"), "-o", str(tmp_path / "out.mp4")]
+    command += ["--model", str(tiny_model), "--landmarks", str(clip / "landmarks.npy")]
+    assert main(command) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert not (tmp_path / "out.mp4").exists()

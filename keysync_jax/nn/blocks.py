@@ -1,5 +1,7 @@
 """The spatio-temporal blocks of SVD's U-Net: resnets and transformers, space first, then time."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from keysync_jax.nn.layers import (
     TimestepEmbedding,
     sinusoid,
 )
+from keysync_jax.nn.remat import recomputed
 from keysync_jax.typing import Array
 
 
@@ -113,15 +116,25 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(dim, dtype=dtype, rngs=rngs)
         self.ff = FeedForward(dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, key_value: KeyValue) -> Array:
-        """`[B * R, N, D]` -> same; `key_value` of the B windows, each seen by its R rows of tokens."""
+    def __call__(self, x: Array, key_value: KeyValue, remat: bool = False) -> Array:
+        """`[B * R, N, D]` -> same; `key_value` of the B windows, each seen by its R rows of tokens.
+
+        With `remat` the backward pass computes the inside of each layer again.
+        """
         if self.ff_in is not None and self.norm_in is not None:
-            x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn1(self.norm1(x))
+            x = x + _layer(lambda self, x: self.ff_in(self.norm_in(x)), self, remat)(x)
+        x = x + _layer(lambda self, x: self.attn1(self.norm1(x)), self, remat)(x)
+        x = x + _layer(BasicTransformerBlock._cross_attention, self, remat)(x, key_value)
+        return x + _layer(lambda self, x: self.ff(self.norm3(x)), self, remat)(x)
+
+    def _cross_attention(self, x: Array, key_value: KeyValue) -> Array:
         windows = key_value[0].shape[0]
         query = self.norm2(x).reshape(windows, -1, x.shape[-1])
-        x = x + self.attn2(query, key_value).reshape(x.shape)
-        return x + self.ff(self.norm3(x))
+        return self.attn2(query, key_value).reshape(x.shape)
+
+
+def _layer(call: Callable[..., Array], block: BasicTransformerBlock, remat: bool) -> Callable[..., Array]:
+    return recomputed(call, block) if remat else partial(call, block)
 
 
 class TransformerSpatioTemporalModel(nnx.Module):
@@ -146,13 +159,14 @@ class TransformerSpatioTemporalModel(nnx.Module):
             self.temporal_transformer_blocks[0].attn2.key_value(context),
         )
 
-    def __call__(self, x: Array, key_value: tuple[KeyValue, KeyValue]) -> Array:
-        """`[B, T, H, W, C]` -> same."""
+    def __call__(self, x: Array, key_value: tuple[KeyValue, KeyValue], remat: bool = False) -> Array:
+        """`[B, T, H, W, C]` -> same; `remat` as `BasicTransformerBlock` takes it."""
         b, t, h, w, c = x.shape
         hidden = self.norm(x.reshape(b * t, h, w, c)).reshape(b * t, h * w, c)
-        space = self.transformer_blocks[0](self.proj_in(hidden), key_value[0]).reshape(b, t, h * w, c)
+        space = self.transformer_blocks[0](self.proj_in(hidden), key_value[0], remat)
+        space = space.reshape(b, t, h * w, c)
         number = self.time_pos_embed(sinusoid(jnp.arange(t), c).astype(x.dtype))
         time = (space + number[:, None]).swapaxes(1, 2).reshape(b * h * w, t, c)
-        time = self.temporal_transformer_blocks[0](time, key_value[1])
+        time = self.temporal_transformer_blocks[0](time, key_value[1], remat)
         time = time.reshape(b, h * w, t, c).swapaxes(1, 2)
         return x + self.proj_out(self.time_mixer(space, time)).reshape(x.shape)

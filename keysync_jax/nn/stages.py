@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from keysync_jax.config import StageConfig
+from keysync_jax.config import Remat, StageConfig
 from keysync_jax.nn.unet import Record, UNet
 from keysync_jax.typing import Array
 
@@ -21,7 +21,9 @@ class Stage(nnx.Module):
     reference_frames: int
     """Reference latents of a window: 1 identity frame, or 2 keyframes."""
 
-    def __init__(self, config: StageConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, config: StageConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs
+    ):
         self.config = config
         self.unet = UNet(config.unet, dtype=dtype, remat=remat, rngs=rngs)
         self.audio_projection = nnx.Linear(
@@ -94,7 +96,9 @@ class InterpolationStage(Stage):
 
     reference_frames = 2
 
-    def __init__(self, config: StageConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, config: StageConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs
+    ):
         super().__init__(config, dtype=dtype, remat=remat, rngs=rngs)
         size, channels = config.latent_size, config.unet.out_channels
         self.z_m = nnx.Param(jnp.zeros((size, size, channels)))
@@ -108,7 +112,7 @@ class InterpolationStage(Stage):
         return jnp.concatenate([sequence, ends], axis=-1)
 
 
-def stage(config: StageConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs) -> Stage:
+def stage(config: StageConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs) -> Stage:
     """The stage that a config describes."""
     kinds = {"keyframe": KeyframeStage, "interpolation": InterpolationStage}
     return kinds[config.kind](config, dtype=dtype, remat=remat, rngs=rngs)

@@ -6,11 +6,10 @@ Parts carry the names of diffusers' `UNetSpatioTemporalConditionModel`.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from keysync_jax.config import UNetConfig
+from keysync_jax.config import Remat, UNetConfig
 from keysync_jax.nn.blocks import SpatioTemporalResBlock, TransformerSpatioTemporalModel
 from keysync_jax.nn.layers import (
     Conv2d,
@@ -21,6 +20,7 @@ from keysync_jax.nn.layers import (
     Upsample,
     sinusoid,
 )
+from keysync_jax.nn.remat import recomputed
 from keysync_jax.typing import Array
 
 BlockContext = list[tuple[KeyValue, KeyValue]]
@@ -74,10 +74,12 @@ class UNet(nnx.Module):
     Args:
       config: sizes.
       dtype: of the computation; parameters are created in fp32.
-      remat: recompute each block's inside in the backward pass instead of keeping it.
+      remat: what the backward pass computes again instead of keeping it.
     """
 
-    def __init__(self, config: UNetConfig, *, dtype: Any = jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, config: UNetConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs
+    ):
         self.config, self.dtype, self.remat = config, dtype, remat
         widths, layers = config.block_out_channels, config.layers_per_block
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
@@ -148,7 +150,7 @@ class UNet(nnx.Module):
         embedding = self.time_embedding(noise)[:, None] + self.add_embedding(addition.astype(self.dtype))
         run = _Run(embedding, self.remat, record)
 
-        x = run("conv_in", _framewise(self.conv_in), x.astype(self.dtype))
+        x = run("conv_in", self.conv_in, x.astype(self.dtype))
         skips = [x]
         for i, (block, kv) in enumerate(zip(self.down_blocks, key_value["down"], strict=True)):
             for j, resnet in enumerate(block.resnets):
@@ -157,7 +159,7 @@ class UNet(nnx.Module):
                     x = run.attention(f"down_blocks.{i}.attentions.{j}", block.attentions[j], x, kv[j])
                 skips.append(x)
             if block.downsamplers is not None:
-                x = run(f"down_blocks.{i}.downsamplers.0", _framewise(block.downsamplers[0]), x)
+                x = run(f"down_blocks.{i}.downsamplers.0", block.downsamplers[0], x)
                 skips.append(x)
 
         x = run.resnet("mid_block.resnets.0", self.mid_block.resnets[0], x)
@@ -172,38 +174,36 @@ class UNet(nnx.Module):
                 if kv:
                     x = run.attention(f"up_blocks.{i}.attentions.{j}", block.attentions[j], x, kv[j])
             if block.upsamplers is not None:
-                x = run(f"up_blocks.{i}.upsamplers.0", _framewise(block.upsamplers[0]), x)
+                x = run(f"up_blocks.{i}.upsamplers.0", block.upsamplers[0], x)
 
-        x = run("conv_norm_out", _framewise(self.conv_norm_out), x)
-        return run("conv_out", _framewise(self.conv_out), nnx.silu(x))
+        x = run("conv_norm_out", self.conv_norm_out, x)
+        return run("conv_out", self.conv_out, nnx.silu(x))
 
 
 class _Run:
     """Runs the parts of one call: shares the embedding, records, recomputes where asked."""
 
-    def __init__(self, embedding: Array, remat: bool, record: Record | None):
+    def __init__(self, embedding: Array, remat: Remat, record: Record | None):
         self.embedding, self.remat, self.record = embedding, remat, record
 
-    def __call__(self, name: str, part: Callable[..., Array], *args: Any) -> Array:
-        out = (jax.checkpoint(part) if self.remat else part)(*args)
+    def _named(self, name: str, out: Array) -> Array:
         if self.record is not None:
             self.record[name] = out
         return out
 
+    def __call__(self, name: str, part: Callable[[Array], Array], x: Array) -> Array:
+        """A part of `[N, H, W, C]`, on every frame of `[B, T, H, W, C]`."""
+        y = part(x.reshape(-1, *x.shape[2:]))
+        return self._named(name, y.reshape(*x.shape[:2], *y.shape[1:]))
+
     def resnet(self, name: str, part: SpatioTemporalResBlock, x: Array) -> Array:
-        return self(name, lambda x, e: part(x, e), x, self.embedding)
+        run = part if self.remat == "none" else recomputed(lambda part, *a: part(*a), part)
+        return self._named(name, run(x, self.embedding))
 
     def attention(
         self, name: str, part: TransformerSpatioTemporalModel, x: Array, kv: tuple[KeyValue, KeyValue]
     ) -> Array:
-        return self(name, lambda x, kv: part(x, kv), x, kv)
-
-
-def _framewise(part: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Applies a part of `[N, H, W, C]` to every frame of `[B, T, H, W, C]`."""
-
-    def apply(x: Array) -> Array:
-        y = part(x.reshape(-1, *x.shape[2:]))
-        return y.reshape(*x.shape[:2], *y.shape[1:])
-
-    return apply
+        # Where its layers are recomputed the transformer's own inside is small enough to keep.
+        layers = self.remat == "layer"
+        run = recomputed(lambda part, *a: part(*a), part) if self.remat == "block" else part
+        return self._named(name, run(x, kv, layers) if layers else run(x, kv))

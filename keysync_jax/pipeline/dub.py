@@ -167,7 +167,7 @@ def dub(
     model = model if isinstance(model, Model) else _open(Path(model), phases)
     sampling = Sampling(
         Separated(model.config.guidance.audio, model.config.guidance.identity),
-        align_your_steps(settings.steps or model.config.steps),
+        align_your_steps(model.config.steps if settings.steps is None else settings.steps),
         settings.seed,
         settings.windows_per_call,
         model.config.vae.scale_factor,
@@ -175,10 +175,10 @@ def dub(
     work = Workspace(output, _fingerprint(source, model, settings, sampling))
     try:
         geometry = _geometry(source, model, settings, work, phases)
-        report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
     except UserError:
-        work.remove()
+        work.remove()  # no later run could use it
         raise
+    report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
     work.remove()
     return report
 

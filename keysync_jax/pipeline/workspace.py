@@ -54,6 +54,8 @@ class ResumableArray:
         self.done = int(self._count.read_text()) if self._count.is_file() else 0
         mode: Any = "r+" if self.done else "w+"
         self.values = np.lib.format.open_memmap(path, mode, dtype=dtype, shape=shape)
+        if not self.done:
+            _reserve(path)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -68,6 +70,17 @@ class ResumableArray:
         self.values.flush()
         self.done += len(rows)
         write_text(self._count, str(self.done))
+
+
+def _reserve(path: Path) -> None:
+    """Takes the file's disk space now: writing to a mapped hole on a full disk would kill the process.
+
+    Raises:
+      OSError: there is too little space (ENOSPC).
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ The defaults are the paper's (table 7) where it says, else the release's trainin
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keysync_jax.config import EncoderKind, MaskKind, StageConfig, VAEConfig
+from keysync_jax.config import EncoderKind, MaskKind, Remat, StageConfig, VAEConfig
 from keysync_jax.errors import UserError
 
 PixelLoss = Literal["none", "l2", "l1", "lpips"]
@@ -165,7 +165,7 @@ class TrainConfig:
     Attributes:
       batch_size: clips of a step, over all devices and hosts.
       dtype: of the computation; master weights are fp32.
-      remat: recompute each block in the backward pass instead of keeping its inside.
+      remat: what the backward pass computes again instead of keeping it.
     """
 
     stage: StageConfig
@@ -181,7 +181,7 @@ class TrainConfig:
     steps: int = 60_000
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "bf16"
-    remat: bool = True
+    remat: Remat = "block"
 
     @property
     def audio_encoder(self) -> EncoderKind:

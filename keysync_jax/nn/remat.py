@@ -1,0 +1,27 @@
+"""Parts of a network that the backward pass computes again instead of keeping what they computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def recomputed(call: Callable[..., Any], module: nnx.Module) -> Callable[..., Any]:
+    """`call(module, *arrays)` as a function of the arrays that keeps only its inputs for the backward pass.
+
+    The part is a program of its own: where the caller is not under jit, the parts run one after another,
+    and host memory holds one part's inside. (XLA's CPU scheduler, given the whole backward pass as one
+    program, computes the insides of all parts at once, which undoes the saving.)
+
+    Args:
+      call: e.g. `lambda part, x: part(x)`.
+      module: its parameters become arguments of the program.
+    """
+    graphdef, state = nnx.split(module)
+
+    def run(state: nnx.State, *arrays: Any) -> Any:
+        return call(nnx.merge(graphdef, state), *arrays)
+
+    program = jax.jit(jax.checkpoint(run))
+    return lambda *arrays: program(state, *arrays)
