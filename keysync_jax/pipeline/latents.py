@@ -11,6 +11,7 @@ from flax import nnx
 
 from keysync_jax.model import Network
 from keysync_jax.nn.functional import bind
+from keysync_jax.nn.vae import Posterior
 from keysync_jax.typing import Array, Frames, Params
 
 FRAMES_PER_CALL = 2
@@ -21,6 +22,11 @@ FRAMES_PER_CALL = 2
 def _encode(graphdef: nnx.GraphDef, params: Params, frames: Array) -> Array:
     vae = bind(graphdef, params)
     return vae.encode(frames.astype(jnp.float32) / 127.5 - 1).mean * vae.config.scale_factor
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _posterior(graphdef: nnx.GraphDef, params: Params, frames: Array) -> Posterior:
+    return bind(graphdef, params).encode(frames.astype(jnp.float32) / 127.5 - 1)
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -47,6 +53,23 @@ def encode_frames(
     while group := list(islice(stream, per_call)):
         full = _filled(np.stack(group), per_call)
         yield np.asarray(_encode(*vae, full))[: len(group)]
+
+
+def encode_posterior(
+    vae: Network, frames: Iterable[np.ndarray], per_call: int = FRAMES_PER_CALL
+) -> Iterator[Posterior]:
+    """The posterior over raw latents of a stream of frames, for training data.
+
+    Args:
+      frames: uint8 RGB `[S, S, 3]` each.
+
+    Yields:
+      Mean and log-variance, numpy fp32 `[n, s, s, 4]` each with n <= `per_call`, in order.
+    """
+    stream = iter(frames)
+    while group := list(islice(stream, per_call)):
+        full = _posterior(*vae, _filled(np.stack(group), per_call))
+        yield Posterior(*(np.asarray(moment)[: len(group)] for moment in full))
 
 
 def decode_latents(vae: Network, latents: np.ndarray, per_call: int = FRAMES_PER_CALL) -> np.ndarray:

@@ -1,0 +1,301 @@
+"""Batches of training samples from prepared datasets, through Grain.
+
+Sample n of a run is a function of (seed, n) alone: the clips in the order of their epoch, datasets mixed
+by weight, say which clip, and a generator seeded with (seed, n) draws the rest. Row r of the batch of step
+s is sample s * batch_size + r, on however many processes, and whichever worker reads it.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import grain
+import numpy as np
+from absl import flags
+
+from keysync_jax.config import MaskKind
+from keysync_jax.errors import UserError
+from keysync_jax.media.masks import make_mask, scale_landmarks, to_latent
+from keysync_jax.train.batch import Batch
+from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.records import SAMPLE_LOGVAR, Dataset, Record, decode_frame
+
+log = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2
+"""Batches that a process reads ahead; one of 32 clips at full size holds 120 MB."""
+
+
+@dataclass(frozen=True)
+class Usable:
+    """Clips that samples can be drawn from, and how many were left out.
+
+    Attributes:
+      clips: (dataset, clip) by number.
+      too_short: clips with fewer frames than a sample spans.
+      without_face: clips that are long enough, but where every sample would hold a frame without a face.
+    """
+
+    clips: tuple[tuple[int, int], ...]
+    too_short: int
+    without_face: int
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return (
+            f"{len(self.clips)} clips to train on; left out: {self.too_short} too short, "
+            f"{self.without_face} with a face missing in every stretch"
+        )
+
+
+def stride_of(config: TrainConfig) -> int:
+    """Frames from one frame of a sample to the next."""
+    return config.data.keyframe_stride if config.stage.kind == "keyframe" else 1
+
+
+def starts(present: np.ndarray, frames: int, stride: int) -> np.ndarray:
+    """First frames of the samples of a clip whose every frame has a face; int `[n]`.
+
+    Args:
+      present: whether each frame has a face, bool `[T]`.
+      frames, stride: of a sample.
+    """
+    count = len(present) - (frames - 1) * stride
+    whole = np.ones(max(count, 0), bool)
+    for offset in range(0, frames * stride, stride):
+        whole &= present[offset : offset + len(whole)]
+    return np.flatnonzero(whole)
+
+
+def usable_clips(config: TrainConfig, datasets: Sequence[Dataset]) -> Usable:
+    """Sorts out the clips that no sample of this config fits in.
+
+    Raises:
+      UserError: a dataset has no clip left.
+    """
+    frames, stride = config.stage.frames, stride_of(config)
+    clips: list[tuple[int, int]] = []
+    left_out = Counter[str]()
+    for number, dataset in enumerate(datasets):
+        before = len(clips)
+        for index, clip in enumerate(dataset.clips):
+            if clip.frames <= (frames - 1) * stride:
+                left_out["short"] += 1
+            elif len(starts(clip.present, frames, stride)) == 0:
+                left_out["face"] += 1
+            else:
+                clips.append((number, index))
+        if len(clips) == before:
+            raise UserError(
+                f"{dataset.folder}: none of its {len(dataset.clips)} clips can be used; a sample of this "
+                f"config needs {(frames - 1) * stride + 1} frames with a face"
+            )
+    return Usable(tuple(clips), left_out["short"], left_out["face"])
+
+
+class Samples:
+    """Sample n of a run, for every n; picklable, so that Grain's workers can have it.
+
+    Raises:
+      UserError: no dataset, or one without a usable clip.
+    """
+
+    def __init__(self, config: TrainConfig, datasets: Sequence[Dataset]):
+        if not datasets:
+            raise UserError("data.paths is empty; give the folder of a prepared dataset")
+        self.config, self.datasets = config, tuple(datasets)
+        self.usable = usable_clips(config, datasets)
+        self._order = _clip_order(config, self.usable)
+
+    def clip(self, number: int) -> tuple[int, int]:
+        """(dataset, clip) of sample `number`."""
+        return self.usable.clips[self._order[number]]
+
+    def __call__(self, number: int) -> Batch:
+        """Sample `number`: a Batch without its first axis."""
+        which, clip = self.clip(number)
+        dataset, config = self.datasets[which], self.config
+        rng = np.random.default_rng([config.seed, number])
+        frames, reference = self._choose(rng, dataset, clip)
+        shown = int(rng.integers(len(frames)))
+        flipped = bool(rng.random() < config.data.flip)
+        audio = f"audio_{config.audio_encoder}"
+        names = ["mean", "landmarks", audio] + (["logvar"] if dataset.settings.latents == "posterior" else [])
+        records = dataset.read(clip, frames, names)
+        mean, logvar = _posterior(records)
+        reference_mean, reference_logvar = _reference(dataset, clip, reference, mean, logvar)
+        points = np.stack([record["landmarks"] for record in records])
+        mask = latent_masks(
+            points, dataset.settings.crop_size, dataset.settings.latent_size, config.data.mask
+        )
+        features = np.stack([record[audio] for record in records])
+        if config.data.audio_noise:
+            features = features + rng.normal(0, config.data.audio_noise, features.shape).astype(np.float32)
+        sample = Batch(
+            mean,
+            logvar,
+            reference_mean,
+            reference_logvar,
+            features,
+            mask[..., None],
+            _pixels(dataset, clip, frames[shown]),
+            np.asarray(shown, np.int32),
+        )
+        return mirrored(sample) if flipped else sample
+
+    def _choose(self, rng: np.random.Generator, dataset: Dataset, clip: int) -> tuple[list[int], list[int]]:
+        """Frames of the sample, and of its reference (none for the interpolation stage)."""
+        present = dataset.clips[clip].present
+        stride, count = stride_of(self.config), self.config.stage.frames
+        first = int(rng.choice(starts(present, count, stride)))
+        identity = int(rng.choice(np.flatnonzero(present)))
+        keyframe = self.config.stage.kind == "keyframe"
+        return [first + i * stride for i in range(count)], [identity] if keyframe else []
+
+
+def make_loader(
+    config: TrainConfig,
+    datasets: Sequence[Dataset],
+    process_index: int = 0,
+    process_count: int = 1,
+    start_step: int = 0,
+) -> grain.DatasetIterator[Batch]:
+    """Batches of this process from step `start_step` on, up to `config.steps`; arrays are numpy's.
+
+    Each process gets its contiguous rows of the global batch. The same (seed, step) gives the same rows
+    on any number of processes and workers, and after a resume. Close the iterator where
+    `config.data.workers` is not 0.
+
+    Raises:
+      UserError: no usable clip, or the processes do not divide the batch.
+    """
+    if config.batch_size % process_count:
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of the {process_count} processes")
+    samples = Samples(config, datasets)
+    log.info("%s", samples.usable.summary())
+    rows = config.batch_size // process_count
+    numbers = (
+        grain.MapDataset.range(start_step, config.steps)
+        .map(_Rows(config.batch_size, process_index * rows, rows))
+        .map(_BatchOf(samples))
+    )
+    ahead = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
+    batches = numbers.to_iter_dataset(ahead)
+    if config.data.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's own command-line flags, which are not this program's.
+        options = grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=1)
+        batches = batches.mp_prefetch(options)
+    return iter(batches)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Numbers of this process's samples of a step."""
+
+    batch_size: int
+    first: int
+    count: int
+
+    def __call__(self, step: int) -> range:
+        start = step * self.batch_size + self.first
+        return range(start, start + self.count)
+
+
+@dataclass(frozen=True)
+class _BatchOf:
+    """Samples by their numbers, stacked."""
+
+    samples: Samples
+
+    def __call__(self, numbers: range) -> Batch:
+        rows = [self.samples(number) for number in numbers]
+        return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Epochs:
+    """Numbers in random order, each once before one comes again, `length` in all; a source for Grain.
+
+    Grain's own shuffle takes 12 ms an index where there are few.
+    """
+
+    numbers: tuple[int, ...]
+    seed: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, len(self.numbers))
+        return self.numbers[_permutation(self.seed, epoch, len(self.numbers))[place]]
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, count]).permutation(count)
+
+
+def _clip_order(config: TrainConfig, usable: Usable) -> grain.MapDataset[int]:
+    """Numbers into `usable.clips`, one for each sample of the run, datasets by weight."""
+    length = config.steps * config.batch_size
+    if not config.data.weights:
+        return grain.MapDataset.source(_Epochs(tuple(range(len(usable.clips))), config.seed, length))
+    weights = config.data.weights
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise UserError(f"data.weights {list(weights)} must be positive")
+    parts = [
+        grain.MapDataset.source(
+            _Epochs(tuple(i for i, (of, _) in enumerate(usable.clips) if of == number), config.seed, length)
+        )
+        for number in range(len(weights))
+    ]
+    used = [number for number, weight in enumerate(weights) if weight > 0]
+    return grain.MapDataset.mix([parts[i] for i in used], [weights[i] for i in used])
+
+
+def latent_masks(landmarks: np.ndarray, crop_size: int, latent_size: int, kind: MaskKind) -> np.ndarray:
+    """Masks at the latent resolution: landmarks `[T, 68, 2]` in crop pixels -> uint8 `[T, h, w]`.
+
+    Drawn at 512 x 512, whatever the crop's size, as `dub` draws them (paper, algorithm 1).
+    """
+    return to_latent(make_mask(scale_landmarks(landmarks, crop_size, crop_size), kind), latent_size)
+
+
+def _posterior(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and log-variance of frames, fp32 `[T, h, w, 4]` each."""
+    mean = np.stack([record["mean"] for record in records]).astype(np.float32)
+    if "logvar" not in records[0]:
+        return mean, np.full_like(mean, SAMPLE_LOGVAR)
+    return mean, np.stack([record["logvar"] for record in records]).astype(np.float32)
+
+
+def _reference(
+    dataset: Dataset, clip: int, frames: list[int], mean: np.ndarray, logvar: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior of the reference frames; of none, empty arrays shaped like the sample's."""
+    if not frames:
+        return mean[:0], logvar[:0]
+    names = ["mean"] + (["logvar"] if dataset.settings.latents == "posterior" else [])
+    return _posterior(dataset.read(clip, frames, names))
+
+
+def _pixels(dataset: Dataset, clip: int, frame: int) -> np.ndarray:
+    """The crop of one frame, uint8 `[S, S, 3]`; black where the dataset has no pixels (see `check_fits`)."""
+    if not dataset.settings.frames:
+        size = dataset.settings.crop_size
+        return np.zeros((size, size, 3), np.uint8)
+    return decode_frame(dataset.read(clip, [frame], ["frame"])[0]["frame"])
+
+
+def mirrored(sample: Batch) -> Batch:
+    """A sample with left and right exchanged: latents, mask and pixels; the sound stays.
+
+    The reference mirrors latents too, though the VAE commutes with a mirror only nearly: a mirrored
+    latent is not quite the latent of the mirrored frame.
+    """
+    columns = ("mean", "logvar", "reference_mean", "reference_logvar", "mask", "frame")
+    return sample._replace(**{name: getattr(sample, name)[..., ::-1, :] for name in columns})

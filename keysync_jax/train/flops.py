@@ -1,0 +1,170 @@
+"""Floating-point operations of a training step, from shapes alone, and what known devices can do.
+
+Counted are matrix products and convolutions, which are nearly all of the work: 2 operations a
+multiply-add in the forward pass, and as many again for each operand that needs a gradient. So frozen
+weights cost no gradient of their own, and what is recomputed in the backward pass is not counted.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from keysync_jax.model import Network
+from keysync_jax.train.batch import Batch
+from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.optimizer import partition
+from keysync_jax.train.step import draw_clips, draw_noise, make_step
+from keysync_jax.typing import Params
+
+PEAKS = (
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L4", 121e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)
+"""(words of `device_kind`, operations a second): dense bf16, from the makers' data sheets."""
+
+
+def device_peak(kind: str) -> float | None:
+    """Operations a second that one device can do in bf16; None where it is not known.
+
+    Args:
+      kind: `jax.devices()[0].device_kind`.
+    """
+    words = re.split(r"[^a-z0-9]+", kind.lower())
+    for name, peak in PEAKS:
+        if all(word in words for word in name.lower().split()):
+            return peak
+    return None
+
+
+def batch_shapes(config: TrainConfig) -> Batch:
+    """Shapes of a global batch."""
+    stage, b = config.stage, config.batch_size
+    t, side, c = stage.frames, stage.latent_size, config.vae.latent_channels
+    references, pixels = (1 if stage.kind == "keyframe" else 0), side * config.vae.factor
+    latents = jax.ShapeDtypeStruct((b, t, side, side, c), jnp.float32)
+    reference = jax.ShapeDtypeStruct((b, references, side, side, c), jnp.float32)
+    return Batch(
+        mean=latents,
+        logvar=latents,
+        reference_mean=reference,
+        reference_logvar=reference,
+        audio=jax.ShapeDtypeStruct((b, t, 2, stage.audio_dim), jnp.float32),
+        mask=jax.ShapeDtypeStruct((b, t, side, side, 1), jnp.uint8),
+        frame=jax.ShapeDtypeStruct((b, pixels, pixels, 3), jnp.uint8),
+        frame_index=jax.ShapeDtypeStruct((b,), jnp.int32),
+    )
+
+
+def step_flops(
+    config: TrainConfig, graphdef: nnx.GraphDef, params: Params, vae: Network | None = None
+) -> int:
+    """Operations of one step over all devices; nothing is allocated or compiled.
+
+    Args:
+      graphdef: as `make_step` takes it.
+      params: every parameter of the stage, or its shape.
+      vae: as `make_step` takes it; shapes will do.
+    """
+    step = make_step(config, graphdef, vae)
+    trainable, frozen = partition(config.optimizer, params)
+
+    def loss(trainable: Params, frozen: Params, vae_params: Params, batch: Batch) -> Any:
+        key = jax.random.key(0)
+        clips = draw_clips(config, batch, key)
+        noise = draw_noise(config.loss, clips.gt.shape, key)
+        return step.loss({**frozen, **trainable}, vae_params, clips, noise)[0]
+
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.vae_params, batch_shapes(config)).jaxpr
+    needed = [i < len(trainable) for i in range(len(jaxpr.invars))]
+    return training_flops(jaxpr, needed)[0]
+
+
+def training_flops(jaxpr: Jaxpr, needed: Sequence[bool]) -> tuple[int, list[bool]]:
+    """Operations of a function and of its gradient.
+
+    Args:
+      jaxpr: of the forward pass.
+      needed: for each of its arguments, whether its gradient is needed.
+
+    Returns:
+      The count, and for each result whether it depends on an argument that is needed.
+    """
+    flags = dict(zip(jaxpr.invars, needed, strict=True))
+
+    def flag(x: Any) -> bool:
+        return not isinstance(x, Literal) and flags.get(x, False)
+
+    count = 0
+    for eqn in jaxpr.eqns:
+        operands = [flag(x) for x in eqn.invars]
+        here, results = _equation(eqn, operands)
+        count += here
+        flags.update(zip(eqn.outvars, results, strict=True))
+    return count, [flag(x) for x in jaxpr.outvars]
+
+
+def _equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
+    if eqn.primitive.name == "scan":
+        return _scan(eqn, needed)
+    if eqn.primitive.name == "while":
+        raise NotImplementedError("a loop of unknown length has no known number of operations")
+    results = [any(needed)] * len(eqn.outvars)
+    if forward := _product(eqn):
+        return forward * (1 + sum(needed[:2])), results
+    inner = list(_inner(eqn))
+    if not inner:
+        return 0, results
+    # A `cond` takes the branch's number before what the branches take; the longest one counts.
+    return max(
+        (training_flops(j, needed[len(needed) - len(j.invars) :]) for j in inner), key=lambda found: found[0]
+    )
+
+
+def _scan(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
+    body, consts, carries = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
+    while True:
+        count, results = training_flops(body, needed)
+        carry = [a or b for a, b in zip(needed[consts:], results[:carries], strict=False)]
+        if carry == needed[consts : consts + carries]:
+            return count * eqn.params["length"], results
+        needed = [*needed[:consts], *carry, *needed[consts + carries :]]
+
+
+def _inner(eqn: Any) -> Iterator[Jaxpr]:
+    """The functions that an equation calls, in its forward pass."""
+    for name, value in eqn.params.items():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, ClosedJaxpr | Jaxpr) and name in ("jaxpr", "call_jaxpr", "branches"):
+                yield part.jaxpr if isinstance(part, ClosedJaxpr) else part
+
+
+def _product(eqn: Any) -> int:
+    """Operations of a matrix product, a convolution or a fused attention; 0 for all else."""
+    name, shapes = eqn.primitive.name, [x.aval.shape for x in eqn.invars]
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][i] for i in contracted)
+    if name == "conv_general_dilated":
+        out_features = shapes[1][eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[1]) // out_features
+    if name.startswith("dot_product_attention_fwd"):
+        # Two products: `[B, N, heads, D]` with the keys `[B, M, heads, D]`, then with the values.
+        return 4 * math.prod(shapes[0]) * shapes[1][1]
+    return 0

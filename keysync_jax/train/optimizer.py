@@ -1,0 +1,80 @@
+"""AdamW with warm-up, what it may move, and the moving average of the weights."""
+
+import re
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from keysync_jax.errors import UserError
+from keysync_jax.train.config import OptimizerConfig
+from keysync_jax.typing import Array, Params
+
+
+def partition(config: OptimizerConfig, params: Params) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Splits a network's parameters by path into (trainable, frozen).
+
+    Raises:
+      UserError: an entry of `optimizer.frozen` is no regular expression or finds no parameter, or
+        nothing is left to train.
+    """
+    frozen: set[str] = set()
+    for pattern in config.frozen:
+        found = _found(pattern, params)
+        if not found:
+            raise UserError(f"optimizer.frozen: {pattern!r} finds no parameter of this network")
+        frozen |= found
+    if len(frozen) == len(params):
+        raise UserError("optimizer.frozen: every parameter of this network is frozen, none is left to train")
+    trainable = {path: x for path, x in params.items() if path not in frozen}
+    return trainable, {path: x for path, x in params.items() if path in frozen}
+
+
+def _found(pattern: str, paths: Iterable[str]) -> set[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"optimizer.frozen: {pattern!r} is not a regular expression ({error})") from None
+    return {path for path in paths if expression.search(path)}
+
+
+def learning_rate(config: OptimizerConfig, update: Array) -> Array:
+    """Rate of an update, counted from 0: rises linearly over the first `warmup`, then is constant.
+
+    The first update has rate / warmup, not 0, so none is without effect.
+    """
+    share = (jnp.asarray(update, jnp.float32) + 1) / max(config.warmup, 1)
+    return config.learning_rate * jnp.minimum(share, 1.0)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Clipping by the global norm, then AdamW as PyTorch's: decay decoupled, eps beside sqrt(v).
+
+    With `accumulate` above 1 the parameters move at every such batch alone, by the mean gradient.
+    """
+    parts = [
+        optax.adamw(
+            lambda update: learning_rate(config, update),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+    ]
+    if config.clip:
+        parts.insert(0, optax.clip_by_global_norm(config.clip))
+    optimizer = optax.chain(*parts)
+    if config.accumulate > 1:
+        return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer
+
+
+def moving_average(config: OptimizerConfig, ema: Params, params: Params, moved: Array) -> dict[str, Array]:
+    """The average after a batch: decays towards the parameters where they moved, else stays.
+
+    Args:
+      moved: bool; false for a batch that only accumulates.
+    """
+    decay = jnp.where(moved, config.ema, 1.0)
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, dict(ema), dict(params))

@@ -1,0 +1,192 @@
+"""Devices as a mesh of `data` x `fsdp`, and where every array of a run lies on it.
+
+The batch is split over both axes. Parameters follow the config's ordered rules; what the optimizer and
+the moving average keep of a parameter lies as the parameter does. Models know nothing of the mesh:
+it is met at the edge of jit alone.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, KeyPath
+
+from keysync_jax.errors import UserError
+from keysync_jax.nn.functional import Make, init
+from keysync_jax.train.batch import Batch
+from keysync_jax.train.config import MeshConfig, TrainConfig
+from keysync_jax.train.step import Metrics, Step, TrainState, init_state
+from keysync_jax.typing import Params
+
+AXES = ("data", "fsdp")
+
+Run = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run.
+
+    Devices are laid out in process order, so process i feeds the i-th part of every batch.
+
+    Args:
+      batch_size: clips of a step, over all devices.
+      devices: all of all processes by default.
+
+    Raises:
+      UserError: the sizes do not give the number of devices, or do not divide the batch.
+    """
+    devices = jax.devices() if devices is None else devices
+    data, fsdp = _sizes(config, len(devices))
+    if batch_size % len(devices):
+        raise UserError(
+            f"batch_size: {batch_size} clips cannot be split evenly over "
+            f"{data} (mesh.data) x {fsdp} (mesh.fsdp) devices"
+        )
+    return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _sizes(config: MeshConfig, devices: int) -> tuple[int, int]:
+    """Both sizes, -1 filled in."""
+    asked = f"mesh.data={config.data}, mesh.fsdp={config.fsdp}"
+    sizes = [config.data, config.fsdp]
+    if any(size < 1 and size != -1 for size in sizes) or sizes == [-1, -1]:
+        raise UserError(f"{asked}: each must be 1 or more, and one of them may be -1 for what is left")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
+    if math.prod(sizes) != devices:
+        raise UserError(f"{asked}: such a mesh does not fit the {devices} devices that are here")
+    return sizes[0], sizes[1]
+
+
+def check_rules(config: MeshConfig) -> None:
+    """Refuses rules that are no regular expression or name an axis that the mesh does not have."""
+    for pattern, axes in config.rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"mesh.rules: {pattern!r} is not a regular expression ({error})") from None
+        for axis in axes:
+            if axis not in ("", *AXES):
+                raise UserError(f"mesh.rules: {pattern!r} names the axis {axis!r}; there are data and fsdp")
+        if len(named := [a for a in axes if a]) != len(set(named)):
+            raise UserError(f"mesh.rules: {pattern!r} names an axis for two dimensions")
+
+
+def spec(config: MeshConfig, mesh: Mesh, path: str, shape: Sequence[int]) -> PartitionSpec:
+    """How a parameter is split: by the first rule that finds its path, not at all where none does.
+
+    A rule names the axes of the last dimensions; one that its axis does not divide is not split.
+    """
+    axes = next((axes for pattern, axes in config.rules if re.search(pattern, path)), ())
+    axes = ("",) * (len(shape) - len(axes)) + axes[max(len(axes) - len(shape), 0) :]
+    pairs = zip(axes, shape, strict=True)
+    return PartitionSpec(*(a if a and size % mesh.shape[a] == 0 else None for a, size in pairs))
+
+
+def shardings(mesh: Mesh, config: MeshConfig, tree: Any) -> Any:
+    """The sharding of every array of a state, or of a network's parameters.
+
+    Args:
+      tree: arrays or shapes in dictionaries path -> array, at any depth; everything else (counters)
+        lies on every device.
+    """
+    check_rules(config)
+
+    def sharding(keys: KeyPath, leaf: Any) -> NamedSharding:
+        # Only parameters, and what is kept of each, stand in a dictionary.
+        last = keys[-1] if keys else None
+        path = last.key if isinstance(last, DictKey) else None
+        return NamedSharding(mesh, PartitionSpec() if path is None else spec(config, mesh, path, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every array of a batch: its first axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def bytes_per_device(tree: Any, placed: Any) -> int:
+    """Bytes that arrays or shapes take on one device.
+
+    Args:
+      placed: their `shardings`.
+    """
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, placed)
+    return sum(jax.tree.leaves(sizes))
+
+
+def place(tree: Any, placed: Any) -> Any:
+    """Arrays of host memory onto the devices, to each its part alone.
+
+    Args:
+      tree: numpy arrays, the same in every process; views of a mapped file are read part by part.
+      placed: their `shardings`.
+    """
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index]))
+
+    return jax.tree.map(put, tree, placed)
+
+
+def place_batch(mesh: Mesh, batch: Batch) -> Batch:
+    """This process's rows of a batch (numpy), as its part of the global one."""
+    sharding = batch_sharding(mesh)
+    return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch))
+
+
+def new_state(mesh: Mesh, config: TrainConfig, make: Make) -> TrainState:
+    """The state of a freshly initialised network, made where it lies."""
+
+    def build() -> TrainState:
+        return init_state(config, init(make, config.seed)[1])
+
+    return jax.jit(build, out_shardings=shardings(mesh, config.mesh, jax.eval_shape(build)))()
+
+
+def state_from(mesh: Mesh, config: TrainConfig, params: Params) -> TrainState:
+    """The state before the first step from a checkpoint's arrays (numpy), as `place` takes them."""
+    arrays = {path: np.asarray(x, np.float32) for path, x in params.items()}
+    placed = place(arrays, shardings(mesh, config.mesh, arrays))
+
+    def build(params: Params) -> TrainState:
+        return init_state(config, params)
+
+    wanted = shardings(mesh, config.mesh, jax.eval_shape(build, placed))
+    return jax.jit(build, out_shardings=wanted, donate_argnums=0)(placed)
+
+
+def jit_step(mesh: Mesh, step: Step, state: TrainState) -> Run:
+    """The step compiled for a mesh; its state is donated.
+
+    Args:
+      state: the run's, or its shapes.
+
+    Returns:
+      `run(state, batch)` for arrays that lie as `shardings` and `batch_sharding` say.
+    """
+    jitted, vae = _jitted(mesh, step, state)
+    vae_params = place({k: np.asarray(v) for k, v in step.vae_params.items()}, vae)
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return jitted(state, vae_params, batch)
+
+    return run
+
+
+def _jitted(mesh: Mesh, step: Step, state: TrainState) -> tuple[Any, dict[str, NamedSharding]]:
+    """The jitted `step.apply`, and the shardings of its VAE."""
+    placed = shardings(mesh, step.config.mesh, state)
+    vae = shardings(mesh, step.config.mesh, dict(step.vae_params))
+    jitted = jax.jit(
+        step.apply,
+        in_shardings=(placed, vae, batch_sharding(mesh)),
+        out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+    return jitted, vae

@@ -1,0 +1,493 @@
+"""From clips to a dataset: what is stored, what is skipped, and going on after an interruption."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import wave
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from keysync_jax.config import VAEConfig
+from keysync_jax.errors import UserError
+from keysync_jax.launch import parts as parts_module
+from keysync_jax.launch import prepare as prepare_module
+from keysync_jax.launch.faces import Task, cut_all
+from keysync_jax.launch.prepare import PrepareReport, PrepareSettings, check, prepare
+from keysync_jax.launch.sources import Clip, find_clips
+from keysync_jax.media.audio import RATE, read_audio
+from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
+from keysync_jax.media.video import read_frames
+from keysync_jax.media.writer import VideoWriter
+from keysync_jax.model import Model, Network, open_model
+from keysync_jax.pipeline.features import audio_features
+from keysync_jax.pipeline.latents import encode_frames
+from keysync_jax.tensorfile import sha256_of, write_tensors
+from keysync_jax.train.records import Dataset, decode_frame
+from tests.clips import face_landmarks, write_video, write_voice
+
+FRAMES = {"a2": 20, "a10": 31, "sub/b": 16}
+
+
+def add_clip(folder: Path, name: str, frames: int, landmarks: np.ndarray | None = None) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    voice = write_voice(folder.parent / "voice.wav", frames / 25)
+    write_video(folder / f"{name}.mp4", frames, voice=voice)
+    np.save(folder / f"{name}.npy", face_landmarks(frames) if landmarks is None else landmarks)
+
+
+class KeptModel(Model):
+    """Loads each component once."""
+
+    kept: ClassVar[dict[str, Network]] = {}
+
+    def load(self, component: str, dtype: str = "fp32") -> Network:
+        if component not in self.kept:
+            self.kept[component] = super().load(component, dtype)
+        return self.kept[component]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Model:
+    opened = open_model(tiny_model)
+    return KeptModel(opened.folder, opened.config, opened.hashes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three good clips and five bad ones."""
+    folder = tmp_path_factory.mktemp("raw") / "clips"
+    for name, frames in FRAMES.items():
+        add_clip(folder, name, frames)
+    add_clip(folder, "faceless", 20, np.full((20, 68, 2), np.nan, np.float32))
+    add_clip(folder, "short", 12)
+    add_clip(folder, "misfit", 20, face_landmarks(7))
+    write_video(folder / "mute.mp4", 20)
+    np.save(folder / "mute.npy", face_landmarks(20))
+    (folder / "broken.mkv").write_bytes(b"no video at all")
+    np.save(folder / "broken.npy", face_landmarks(20))
+    (folder / "notes.txt").write_text("not a video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The good clips alone."""
+    folder = tmp_path_factory.mktemp("good") / "clips"
+    for name in FRAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".mp4", ".npy"):
+            shutil.copy2(source / f"{name}{suffix}", folder / f"{name}{suffix}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(source: Path, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "dataset"
+    prepare(source, folder, model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared_good(good: Path, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared_good") / "dataset"
+    prepare(good, folder, model)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    assert all(path.is_file() for path in folder.iterdir())
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_good_clips_are_done_and_bad_ones_reported(source: Path, prepared: Path, model: Model) -> None:
+    dataset = check(prepared)
+    assert [(clip.name, clip.frames) for clip in dataset.clips] == list(FRAMES.items())
+    assert [clip.source for clip in dataset.clips] == ["a2.mp4", "a10.mp4", "sub/b.mp4"]
+    assert dataset.clips[0].sha256 == sha256_of(source / "a2.mp4")
+    report = prepare(source, prepared, model)
+    assert report.done == 3
+    assert report.frames == 67
+    assert report.bytes == (prepared / "shard-00000.arrayrecord").stat().st_size
+    reasons = dict(report.skipped)
+    assert list(reasons) == ["broken.mkv", "faceless.mp4", "misfit.mp4", "mute.mp4", "short.mp4"]
+    for name, text in {
+        "broken.mkv": "cannot read the video",
+        "faceless.mp4": "no face was found",
+        "misfit.mp4": "has landmarks for 7 frames, but the video has 20",
+        "mute.mp4": "has no audio stream",
+        "short.mp4": "has 12 frames with sound, a sample needs 14",
+    }.items():
+        assert text in reasons[name]
+        assert text in report.table()
+    assert "3 prepared, 5 skipped" in report.table()
+    assert json.loads((prepared / "report.json").read_text())["frames"] == 67
+
+
+def test_records_hold_what_a_dub_computes(source: Path, prepared: Path, model: Model) -> None:
+    """Crop, landmarks, posterior and features of the same functions that `dub` calls."""
+    dataset = Dataset(prepared)
+    path, frames, size = source / "a10.mp4", 31, model.config.crop_size
+    landmarks = face_landmarks(frames)
+    boxes = crop_track(landmarks, np.ones(frames, bool), 80, 96)
+    crops = [crop_frame(f, box, size) for f, box in zip(read_frames(path), boxes, strict=True)]
+    records = dataset.read(1, range(frames))
+    np.testing.assert_allclose(
+        [r["landmarks"] for r in records], landmarks_in_crop(landmarks, boxes, size), atol=1e-5
+    )
+    vae = model.load("vae")
+    raw = np.concatenate(list(encode_frames(vae, crops))) / model.config.vae.scale_factor
+    stored = np.stack([r["mean"] for r in records])
+    assert stored.dtype == np.float16
+    np.testing.assert_allclose(stored, raw, rtol=2**-11, atol=1e-6)
+    logvar = np.stack([r["logvar"] for r in records])
+    assert logvar.shape == stored.shape
+    assert -30 <= logvar.min() < logvar.max() <= 20
+    wave_ = read_audio(path)[: frames * 640]
+    for kind, config in model.config.encoders.items():
+        features = audio_features(config, model.load(f"audio_{kind}").params, wave_, frames)
+        np.testing.assert_array_equal([r[f"audio_{kind}"] for r in records], features)
+    pixels = np.stack([decode_frame(r["frame"]) for r in records]).astype(int)
+    assert np.abs(pixels - np.stack(crops)).mean() < 3
+
+
+def test_the_manifest_names_its_model(prepared: Path, model: Model) -> None:
+    settings, hashes = Dataset(prepared).settings, model.hashes
+    assert settings.vae == hashes["vae.safetensors"]
+    assert {kind: e.sha256 for kind, e in settings.encoders.items()} == {
+        kind: hashes[f"audio_{kind}.safetensors"] for kind in ("hubert", "wavlm")
+    }
+    assert (settings.crop_size, settings.latent_size, settings.fps) == (16, 8, 25)
+
+
+def test_workers_make_the_same_bytes(source: Path, prepared: Path, model: Model, tmp_path: Path) -> None:
+    prepare(source, tmp_path / "again", model, PrepareSettings(workers=2))
+    assert contents(tmp_path / "again") == contents(prepared)
+
+
+def test_a_clip_that_kills_its_worker_is_reported(good: Path, tmp_path: Path) -> None:
+    clips = find_clips(good)
+    tasks = [Task(clip, tmp_path / str(i), 16, 14, "mediapipe", None) for i, clip in enumerate(clips)]
+    tasks.insert(1, Task(Deadly("x", good / "x.mp4", "x.mp4"), tmp_path / "x", 16, 14, "mediapipe", None))
+    results = list(cut_all(tasks, 1))
+    assert [task.clip.name for task, _ in results] == ["a2", "x", "a10", "sub/b"]
+    assert [isinstance(found, str) for _, found in results] == [False, True, False, False]
+    assert "ended its process" in str(results[1][1])
+
+
+class Deadly(Clip):
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+KILLED = """
+import os, signal, sys
+from keysync_jax.launch import parts
+from keysync_jax.launch.prepare import PrepareSettings, prepare
+finish = parts.Work.finish
+def finish_and_die(work, clip, part):
+    finish(work, clip, part)
+    if clip.name == "a10":
+        os.kill(os.getpid(), signal.SIGKILL)
+parts.Work.finish = finish_and_die
+prepare(sys.argv[1], sys.argv[2], sys.argv[3])
+"""
+
+
+def test_a_killed_run_goes_on_behind_the_clips_that_are_done(
+    good: Path, prepared_good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "dataset"
+    command = [sys.executable, "-c", KILLED, str(good), str(output), str(model.folder)]
+    assert subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match="not a prepared dataset"):
+        Dataset(output)
+    made = []
+
+    def counting(tasks: Sequence[Task], workers: int) -> Any:
+        made.extend(task.clip.name for task in tasks)
+        return cut_all(tasks, workers)
+
+    monkeypatch.setattr(prepare_module, "cut_all", counting)
+    assert prepare(good, output, model).done == 3
+    assert made == ["sub/b"]
+    assert contents(output) == contents(prepared_good)
+
+
+def test_a_run_killed_between_shards_goes_on(
+    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "MIB", 1)
+    prepare(good, tmp_path / "whole", model)
+    write = parts_module.Work._shard
+
+    def stop_at_the_second(work: Any, number: int, group: Any) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return write(work, number, group)
+
+    monkeypatch.setattr(parts_module.Work, "_shard", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(good, tmp_path / "dataset", model)
+    assert len(list((tmp_path / "dataset/.work/parts").glob("*.arrayrecord"))) == 2
+    with pytest.raises(UserError, match="already being put together from other clips"):
+        prepare(good / "sub", tmp_path / "dataset", model)
+    monkeypatch.setattr(parts_module.Work, "_shard", write)
+    prepare(good, tmp_path / "dataset", model)
+    assert contents(tmp_path / "dataset") == contents(tmp_path / "whole")
+    dataset = check(tmp_path / "dataset")
+    assert [(clip.shard, clip.first) for clip in dataset.clips] == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_a_clip_that_changed_is_done_again(
+    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "clips"
+    shutil.copytree(good, folder)
+    monkeypatch.setattr(parts_module.Work, "decide", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder, tmp_path / "dataset", model)
+    monkeypatch.undo()
+    add_clip(folder, "a2", 25)
+    assert prepare(folder, tmp_path / "dataset", model).frames == 25 + 31 + 16
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_other_settings_do_not_mix_with_what_is_there(
+    good: Path, prepared_good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="holds a dataset of other clips or settings"):
+        prepare(good, prepared_good, model, PrepareSettings(latents="sample"))
+    with pytest.raises(UserError, match="holds a dataset of other clips or settings"):
+        prepare(good / "sub", prepared_good, model)
+    monkeypatch.setattr(parts_module.Work, "decide", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(good, tmp_path / "begun", model)
+    with pytest.raises(UserError, match="was begun with another model or other settings"):
+        prepare(good, tmp_path / "begun", model, PrepareSettings(encoders=("hubert",)))
+
+
+def test_a_full_disk_is_not_a_bad_clip(
+    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, "write_part", fail)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(good, tmp_path / "dataset", model)
+
+
+def test_a_stored_sample_is_drawn_from_the_posterior(
+    good: Path, prepared_good: Path, model: Model, tmp_path: Path
+) -> None:
+    settings = PrepareSettings(latents="sample", encoders=("hubert",))
+    prepare([good / "a10.mp4"], tmp_path / "dataset", model, settings)
+    posterior = [Dataset(prepared_good).read(1, range(31), [name]) for name in ("mean", "logvar")]
+    mean, logvar = (np.stack([next(iter(r.values())) for r in part]).astype(np.float32) for part in posterior)
+    records = Dataset(tmp_path / "dataset").read(0, range(31))
+    assert set(records[0]) == {"mean", "landmarks", "audio_hubert", "frame"}
+    noise = (np.stack([r["mean"] for r in records]) - mean) / np.exp(0.5 * logvar)
+    assert abs(noise.mean()) < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.05)
+
+
+def test_sound_that_starts_before_the_picture_is_cut(good: Path, tmp_path: Path) -> None:
+    """Frame 0 goes with the sound at its own time, not with the file's first sample."""
+    late = tmp_path / "late.mp4"
+    remux_with_delay(good / "a10.mp4", late, seconds=0.4)
+    np.save(tmp_path / "late.npy", face_landmarks(31))
+    waves = []
+    for path in (good / "a10.mp4", late):
+        clip = Clip("x", path, path.name, path.with_suffix(".npy"))
+        found = next(cut_all([Task(clip, tmp_path / path.stem, 16, 14, "mediapipe", None)], 0))[1]
+        assert not isinstance(found, str), found
+        waves.append(found.wave)
+    count = round(0.7 * RATE)
+    assert len(waves[1]) >= count
+    shifted = waves[0][round(0.4 * RATE) :][:count]
+    assert np.abs(waves[1][:count] - shifted).max() < 0.02
+
+
+def remux_with_delay(source: Path, target: Path, seconds: float) -> None:
+    """The same packets, the picture later."""
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        streams = {s.index: write.add_stream_from_template(s) for s in read.streams}
+        for packet in read.demux():
+            if packet.dts is None:
+                continue
+            if packet.stream.type == "video":
+                delay = round(seconds / packet.time_base)
+                packet.pts, packet.dts = packet.pts + delay, packet.dts + delay
+            packet.stream = streams[packet.stream.index]
+            write.mux(packet)
+
+
+def write_reference_layout(folder: Path, clips: dict[str, int]) -> dict[str, dict[str, np.ndarray]]:
+    """The reference's folders, with 64 x 64 crops of 8 x 8 latents."""
+    rng, arrays = np.random.default_rng(0), {}
+    for name, frames in clips.items():
+        for kind in ("videos", "audios", "landmarks"):
+            (folder / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        latents = rng.normal(size=(frames, 4, 8, 8)).astype(np.float16)
+        audio = rng.normal(size=(frames + 1, 2, 768)).astype(np.float32)
+        landmarks = face_landmarks(frames, 512, 512)
+        write_tensors(folder / "videos" / f"{name}_video_512_latent.safetensors", {"latents": latents})
+        write_tensors(folder / "audios" / f"{name}_hubert_emb.safetensors", {"audio": audio})
+        np.save(folder / "landmarks" / f"{name}.npy", landmarks)
+        write_video(folder / "videos" / f"{name}.mp4", frames, 64, 64)
+        arrays[name] = {"latents": latents, "audio": audio, "landmarks": landmarks}
+    return arrays
+
+
+def test_the_references_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "reference"
+    arrays = write_reference_layout(folder, {"c1": 20, "deep/c2": 18, "c3": 20})
+    (folder / "audios" / "c3_hubert_emb.safetensors").unlink()
+    report = prepare(folder, tmp_path / "dataset")
+    assert report.done == 2
+    ((source, reason),) = report.skipped
+    assert source == "videos/c3_video_512_latent.safetensors"
+    assert "has no hubert features" in reason
+    dataset = check(tmp_path / "dataset")
+    assert (dataset.settings.crop_size, dataset.settings.latent_size) == (64, 8)
+    assert dataset.settings.encoders["hubert"].sha256 is None
+    assert [clip.name for clip in dataset.clips] == ["c1", "deep/c2"]
+    for clip, name in enumerate(("c1", "deep/c2")):
+        given, frames = arrays[name], dataset.clips[clip].frames
+        records = dataset.read(clip, range(frames))
+        raw = np.stack([r["mean"] for r in records])
+        back = (raw * np.float32(VAEConfig().scale_factor)).transpose(0, 3, 1, 2).astype(np.float16)
+        np.testing.assert_array_equal(back, given["latents"])
+        np.testing.assert_array_equal([r["audio_hubert"] for r in records], given["audio"][:frames])
+        np.testing.assert_allclose(
+            [r["landmarks"] for r in records], given["landmarks"] / 8, rtol=1e-6, atol=1e-5
+        )
+        pixels = list(read_frames(folder / "videos" / f"{name}.mp4"))
+        stored = np.stack([decode_frame(r["frame"]) for r in records]).astype(int)
+        assert np.abs(stored - np.stack(pixels)).mean() < 2
+
+
+def test_landmarks_of_another_frame_size_are_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "reference"
+    arrays = write_reference_layout(folder, {"c1": 20})
+    np.save(folder / "landmarks" / "c1.npy", arrays["c1"]["landmarks"] * 3)
+    with pytest.raises(UserError, match="lie outside of a 512 x 512 frame"):
+        prepare(folder, tmp_path / "dataset")
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_lists_of_videos(good: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{good / 'sub/b.mp4'}\n\n{good / 'a2.mp4'}\n")
+    assert [clip.name for clip in find_clips(listed)] == ["a2", "sub/b"]
+    assert [clip.name for clip in find_clips([good / "a10.mp4", good / "a2.mp4"])] == ["a2", "a10"]
+    assert [clip.source for clip in find_clips(good / "a2.mp4")] == ["a2.mp4"]
+    shutil.copy(good / "a2.mp4", tmp_path / "x.mp4")
+    shutil.copy(good / "a2.mp4", tmp_path / "x.mov")
+    assert [clip.name for clip in find_clips(tmp_path)] == ["x.mov", "x.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"landmarks": "eyes"}, "there is no landmark detector eyes"),
+        ({"latents": "mean"}, "stored as posterior or sample, not mean"),
+        ({"dtype": "fp16"}, "the dtype is fp32 or bf16, not fp16"),
+        ({"workers": -1}, "the number of workers is 0 or more"),
+        ({"shard_mib": 0}, "at least 1 MiB"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PrepareSettings(**changes)
+
+
+def test_arguments_that_cannot_be_used(good: Path, model: Model, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no video"):
+        prepare(tmp_path / "empty", tmp_path / "out", model)
+    with pytest.raises(UserError, match=r"nothing\.mp4: does not exist"):
+        prepare([tmp_path / "nothing.mp4"], tmp_path / "out", model)
+    with pytest.raises(UserError, match="prepare needs a model directory"):
+        prepare(good, tmp_path / "out")
+    with pytest.raises(UserError, match="has no wav2vec2 encoder, only hubert, wavlm"):
+        prepare(good, tmp_path / "out", model, PrepareSettings(encoders=("wav2vec2",)))
+    with pytest.raises(UserError, match="exists already and is no dataset"):
+        prepare(good, good, model)
+    with pytest.raises(UserError, match="does not exist"):
+        prepare(good, tmp_path / "no/out", model)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/x.mp4").write_bytes(b"x")
+    np.save(tmp_path / "bad/x.npy", face_landmarks(20))
+    with pytest.raises(UserError, match="none of the 1 clips can be used; the first: cannot read the video"):
+        prepare(tmp_path / "bad", tmp_path / "out", model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_without_landmarks_needs_its_detector(
+    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mediapipe")
+    monkeypatch.setenv("KEYSYNC_CACHE", str(tmp_path / "cache"))
+    shutil.copy(good / "a2.mp4", tmp_path / "x.mp4")
+    with pytest.raises(UserError, match="Face Landmarker is missing"):
+        prepare(tmp_path / "x.mp4", tmp_path / "out", model)
+
+
+@pytest.fixture(scope="module")
+def real_clip(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two seconds of the real clip, at a quarter of its size."""
+    folder = tmp_path_factory.mktemp("real") / "clips"
+    folder.mkdir()
+    samples = read_audio(real / "demo1_video.mp4")[: 2 * RATE]
+    with wave.open(str(folder.parent / "voice.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    with VideoWriter(folder / "demo1.mp4", 270, 480, folder.parent / "voice.wav") as writer:
+        for _, frame in zip(range(50), read_frames(real / "demo1_video.mp4"), strict=False):
+            writer.write(cv2.resize(frame, (270, 480), interpolation=cv2.INTER_AREA))
+    np.save(folder / "demo1.npy", np.load(real / "demo1_landmarks.npy")[:50] / 4)
+    return folder
+
+
+def test_the_real_clip(real_clip: Path, model: Model, tmp_path: Path) -> None:
+    report: PrepareReport = prepare(real_clip, tmp_path / "dataset", model)
+    assert (report.done, report.frames, report.frames_without_face) == (1, 50, 0)
+    records = check(tmp_path / "dataset").read(0, range(50))
+    landmarks = np.stack([r["landmarks"] for r in records])
+    assert 0 < landmarks.min() < landmarks.max() < 16
+    means = np.stack([r["mean"] for r in records]).astype(np.float32)
+    assert np.abs(means - means[:1])[1:].max() > 0
+    features = np.stack([r["audio_hubert"] for r in records])
+    assert np.isfinite(features).all()
+    assert features.std() > 0.1
+
+
+def test_the_real_clips_face_is_found(real: Path, real_clip: Path, model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("mediapipe")
+    shutil.copy(real_clip / "demo1.mp4", tmp_path / "demo1.mp4")
+    settings = PrepareSettings(landmark_model=real / "face_landmarker.task", encoders=("hubert",))
+    report = prepare(tmp_path / "demo1.mp4", tmp_path / "dataset", model, settings)
+    assert (report.frames, report.frames_without_face) == (50, 0)
+    prepare(real_clip, tmp_path / "given", model, PrepareSettings(encoders=("hubert",)))
+    found, given = (
+        np.stack([r["landmarks"] for r in Dataset(tmp_path / name).read(0, range(50), ["landmarks"])])
+        for name in ("dataset", "given")
+    )
+    assert np.abs(found - given).mean() < 0.5
