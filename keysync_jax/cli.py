@@ -20,7 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 1: a check did not hold (`parity`). 2: something the user gave cannot be used, said in one
     sentence on stderr. 130: interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    # --config.x.y=v are settings, whose names argparse does not know.
+    overrides = [a for a in given if a.startswith("--config.")]
+    parser = _parser()
+    arguments = parser.parse_args([a for a in given if a not in overrides])
+    if overrides and arguments.run is not _train:
+        parser.error(f"{overrides[0]} is a setting of keysync train")
+    arguments.overrides = overrides
     try:
         return int(arguments.run(arguments))
     except UserError as error:
@@ -50,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_convert(commands)
     _add_dub(commands)
+    _add_prepare(commands)
+    _add_train(commands)
+    _add_export(commands)
     _add_parity(commands)
     return parser
 
@@ -153,6 +163,102 @@ def _dub(arguments: argparse.Namespace) -> int:
     if report.frames_without_face:
         print(f"{report.frames_without_face} frames without a face passed through undubbed")
     print(f"wrote {report.output}: {report.frames} frames, {report.frames / 25:.2f} s")
+    return 0
+
+
+def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("prepare", help="raw clips to a dataset to train on")
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="*",
+        metavar="SOURCE",
+        help="a folder, videos, a .txt list of videos, or a folder in the reference's layout",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DATASET")
+    parser.add_argument("--check", type=Path, metavar="DATASET", help="check a dataset, and stop")
+    parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="whose VAE and audio encoders to use")
+    parser.add_argument("--encoders", default="", metavar="KIND,KIND", help="default: all of the model's")
+    parser.add_argument("--landmarks", default="mediapipe", metavar="mediapipe|face_alignment")
+    parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="fetch the detector's model file if needed"
+    )
+    parser.add_argument(
+        "--latents", choices=("posterior", "sample"), default="posterior", help="what to store"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of stored samples (default 0)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the VAE (default fp32)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
+    )
+    parser.set_defaults(run=_prepare, resumable=True)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from keysync_jax.launch.prepare import PrepareSettings, check, prepare
+
+    if arguments.check is not None:
+        dataset = check(arguments.check, show_progress=True)
+        print(f"{arguments.check}: {len(dataset.manifest.clips)} clips, every shard and record is whole")
+        return 0
+    if arguments.output is None or not arguments.source:
+        raise UserError("prepare needs SOURCE and -o DATASET, or --check DATASET")
+    _keep_compiled_programs()
+    settings = PrepareSettings(
+        encoders=tuple(filter(None, arguments.encoders.split(","))),
+        landmarks=arguments.landmarks,
+        landmark_model=arguments.landmark_model,
+        allow_download=arguments.allow_download,
+        latents=arguments.latents,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        workers=arguments.workers,
+    )
+    source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
+    print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())
+    return 0
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from keysync_jax.launch.train import add_arguments
+
+    parser = commands.add_parser("train", help="train one stage")
+    add_arguments(parser)
+    parser.set_defaults(run=_train, resumable=True)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from keysync_jax.launch.train import run
+
+    return run(arguments, arguments.overrides)
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("export", help="training runs to a model directory, or that to PyTorch")
+    parser.add_argument(
+        "source", type=Path, nargs="+", metavar="RUN|MODEL_DIR", help="one or two runs; with --to, a model"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--base", type=Path, metavar="MODEL_DIR", help="what the runs did not train")
+    parser.add_argument("--average", action="store_true", help="take the moving averages of the weights")
+    parser.add_argument("--to", choices=("reference", "diffusers"), help="a layout of PyTorch")
+    parser.add_argument("--pickled", action="store_true", help="with --to reference: DeepSpeed's .pt")
+    parser.set_defaults(run=_export, resumable=False)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from keysync_jax.train.export import export, export_torch
+
+    if arguments.to is not None:
+        if len(arguments.source) != 1:
+            raise UserError("export --to takes one model directory")
+        export_torch(arguments.source[0], arguments.output, arguments.to, arguments.pickled)
+    elif arguments.base is None:
+        raise UserError("export needs --base: the model directory with what the runs did not train")
+    else:
+        export(arguments.source, arguments.output, arguments.base, arguments.average)
+    print(f"wrote {arguments.output}")
     return 0
 
 

@@ -13,14 +13,15 @@ import optax
 import pytest
 
 from keysync_jax import rules
-from keysync_jax.config import StageConfig, StageKind, UNetConfig
+from keysync_jax.config import StageConfig, StageKind, UNetConfig, VAEConfig
 from keysync_jax.convert.unet import stage_table
 from keysync_jax.convert.vae import engine_vae_table
 from keysync_jax.diffusion import loss as losses
 from keysync_jax.errors import UserError
 from keysync_jax.golden import Golden, StageInputs
 from keysync_jax.model import Network
-from keysync_jax.nn.functional import bind, shapes
+from keysync_jax.nn.functional import bind, init, shapes
+from keysync_jax.nn.lpips import LPIPS, LPIPSConfig
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
 from keysync_jax.tensorfile import TensorFile
@@ -90,7 +91,7 @@ class GoldenStep:
         # The weight is traced, so that both golden files are one compilation.
         config = replace(self.config.loss, pixel_weight=pixel_weight)  # type: ignore[arg-type]
         step = make_step(replace(self.config, loss=config), self.graphdef, self.vae)
-        return step.loss({**rest, **some}, self.vae.params, self.clips, self.noise)
+        return step.loss({**rest, **some}, step.aids, self.clips, self.noise)
 
     @cached_property
     def jitted(self) -> Any:
@@ -227,7 +228,7 @@ def test_steps_move_what_is_trainable_and_no_bit_of_the_rest() -> None:
     average, seen = {k: before[k] for k in state.params}, []
     for i in range(4):
         old = state.params
-        state, metrics = run(state, step.vae_params, batch(config, i))
+        state, metrics = run(state, step.aids, batch(config, i))
         seen.append(float(metrics["loss"]))
         assert metrics["loss"] == pytest.approx(metrics["loss_latent"] + metrics["loss_pixel"])
         assert metrics["loss_pixel"] > 0
@@ -244,7 +245,7 @@ def test_steps_move_what_is_trainable_and_no_bit_of_the_rest() -> None:
     assert state.ema is not None
     for k, v in state.ema.items():
         np.testing.assert_allclose(v, average[k], rtol=1e-5, atol=1e-7)
-    _, repeated = run(init_state(config, before), step.vae_params, batch(config, 0))
+    _, repeated = run(init_state(config, before), step.aids, batch(config, 0))
     assert float(repeated["loss"]) == seen[0]
 
 
@@ -357,7 +358,7 @@ def test_without_a_pixel_loss_no_vae_is_read() -> None:
     config = train_config(batch_size=2, loss=LossConfig(pixel="none"))
     step = make_step(config, shapes(make_stage(config))[0], vae())
     assert step.vae is None
-    assert step.vae_params == {}
+    assert step.aids == {}
 
 
 def test_pixel_losses_that_cannot_be_computed() -> None:
@@ -365,8 +366,35 @@ def test_pixel_losses_that_cannot_be_computed() -> None:
     graphdef, _ = shapes(make_stage(config))
     with pytest.raises(UserError, match=r"loss\.pixel=l2 needs a VAE"):
         make_step(config, graphdef)
-    with pytest.raises(UserError, match=r"loss\.pixel=lpips needs the weights"):
+    with pytest.raises(UserError, match=r"loss\.pixel=lpips needs its weights"):
         make_step(replace(config, loss=LossConfig(pixel="lpips")), graphdef, vae())
+
+
+def test_lpips_is_a_pixel_loss_too() -> None:
+    """Its distance of the clipped frame, with the weight of the noise level; others are what they were."""
+    # Frames of 16 x 16: VGG16's four poolings leave one pixel of them.
+    sizes = VAEConfig(block_out_channels=(32,) * 3, layers_per_block=1)
+    config = replace(train_config(batch_size=2, loss=LossConfig(pixel="lpips")), vae=sizes)
+    graphdef, abstract = shapes(make_stage(config))
+    decoder = Network(*init(lambda rngs: VAE(sizes, rngs=rngs)))
+    judge = Network(*init(lambda rngs: LPIPS(LPIPSConfig("vgg16", (4,) * 5), rngs=rngs)))
+    step = make_step(config, graphdef, decoder, judge)
+    clips = draw_clips(config, batch(config, 0), jax.random.key(0))
+    noise = draw_noise(config.loss, clips.gt.shape, jax.random.key(1))
+    params = parameters(abstract)
+
+    @partial(jax.jit, compiler_options=QUICK_COMPILATION)
+    def run(params: Any, aids: Any) -> Any:
+        clean = denoised(bind(graphdef, params), clips, noise)
+        frame = decoded_frame(bind(decoder.graphdef, aids["vae"]), clean, clips.frame_index)
+        distance = bind(judge.graphdef, aids["perceptual"])(jnp.clip(frame, -1, 1), clips.frame)
+        return step.loss(params, aids, clips, noise), distance
+
+    (loss, parts), distance = run(params, step.aids)
+    wanted = np.mean(losses.weight(noise.sigma) * distance)
+    assert wanted > 0
+    np.testing.assert_allclose(parts["loss_pixel"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(loss, parts["loss_latent"] + wanted, rtol=1e-5)
 
 
 # --- cost ----------------------------------------------------------------------------------------

@@ -31,11 +31,15 @@ class InitConfig:
       path: the checkpoint, or the model directory.
       vae: VAE's weights, needed by the pixel loss and the preview: a model directory, or SVD's
         checkpoint in either layout; empty: random (for tests).
+      lpips_trunk, lpips_heads: weights of the LPIPS pixel loss: torchvision's VGG16 or AlexNet, and
+        the `lpips` package's linear heads for it.
     """
 
     kind: InitKind = "none"
     path: str = ""
     vae: str = ""
+    lpips_trunk: str = ""
+    lpips_heads: str = ""
 
 
 @dataclass(frozen=True)

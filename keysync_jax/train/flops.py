@@ -73,25 +73,29 @@ def batch_shapes(config: TrainConfig) -> Batch:
 
 
 def step_flops(
-    config: TrainConfig, graphdef: nnx.GraphDef, params: Params, vae: Network | None = None
+    config: TrainConfig,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    vae: Network | None = None,
+    perceptual: Network | None = None,
 ) -> int:
     """Operations of one step over all devices; nothing is allocated or compiled.
 
     Args:
       graphdef: as `make_step` takes it.
       params: every parameter of the stage, or its shape.
-      vae: as `make_step` takes it; shapes will do.
+      vae, perceptual: as `make_step` takes them; shapes will do.
     """
-    step = make_step(config, graphdef, vae)
+    step = make_step(config, graphdef, vae, perceptual)
     trainable, frozen = partition(config.optimizer, params)
 
-    def loss(trainable: Params, frozen: Params, vae_params: Params, batch: Batch) -> Any:
+    def loss(trainable: Params, frozen: Params, aids: dict[str, Params], batch: Batch) -> Any:
         key = jax.random.key(0)
         clips = draw_clips(config, batch, key)
         noise = draw_noise(config.loss, clips.gt.shape, key)
-        return step.loss({**frozen, **trainable}, vae_params, clips, noise)[0]
+        return step.loss({**frozen, **trainable}, aids, clips, noise)[0]
 
-    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.vae_params, batch_shapes(config)).jaxpr
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, batch_shapes(config)).jaxpr
     needed = [i < len(trainable) for i in range(len(jaxpr.invars))]
     return training_flops(jaxpr, needed)[0]
 

@@ -170,23 +170,23 @@ def jit_step(mesh: Mesh, step: Step, state: TrainState) -> Run:
     Returns:
       `run(state, batch)` for arrays that lie as `shardings` and `batch_sharding` say.
     """
-    jitted, vae = _jitted(mesh, step, state)
-    vae_params = place({k: np.asarray(v) for k, v in step.vae_params.items()}, vae)
+    jitted, placed = _jitted(mesh, step, state)
+    aids = place(jax.tree.map(np.asarray, step.aids), placed)
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return jitted(state, vae_params, batch)
+        return jitted(state, aids, batch)
 
     return run
 
 
-def _jitted(mesh: Mesh, step: Step, state: TrainState) -> tuple[Any, dict[str, NamedSharding]]:
-    """The jitted `step.apply`, and the shardings of its VAE."""
+def _jitted(mesh: Mesh, step: Step, state: TrainState) -> tuple[Any, Any]:
+    """The jitted `step.apply`, and the shardings of its judging networks."""
     placed = shardings(mesh, step.config.mesh, state)
-    vae = shardings(mesh, step.config.mesh, dict(step.vae_params))
+    aids = shardings(mesh, step.config.mesh, step.aids)
     jitted = jax.jit(
         step.apply,
-        in_shardings=(placed, vae, batch_sharding(mesh)),
+        in_shardings=(placed, aids, batch_sharding(mesh)),
         out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    return jitted, vae
+    return jitted, aids

@@ -170,19 +170,26 @@ def decoded_frame(vae: Any, latents: Array, frame_index: Array) -> Array:
     return vae.decode(jnp.take_along_axis(latents, index, axis=1))[:, 0]
 
 
-def objective(config: LossConfig, model: Any, vae: Any, clips: Clips, noise: Noise) -> tuple[Array, Metrics]:
+def objective(
+    config: LossConfig, model: Any, vae: Any, clips: Clips, noise: Noise, perceptual: Any = None
+) -> tuple[Array, Metrics]:
     """The loss with every random choice given, and its parts.
 
     Args:
       model: a bound `nn.stages.Stage`.
       vae: a bound `nn.vae.VAE`; is not read where the config has no pixel loss.
+      perceptual: a bound `nn.lpips.LPIPS`, for the pixel loss of that name.
     """
     clean = denoised(model, clips, noise)
     latent = losses.latent_loss(clean, clips.gt, noise.sigma)
     pixel = jnp.zeros_like(latent)
-    if config.pixel in ("l2", "l1"):
+    if config.pixel != "none":
         decoded = decoded_frame(vae, clean, clips.frame_index)
-        pixel = losses.pixel_loss(decoded, clips.frame, noise.sigma, config.pixel)
+        if config.pixel == "lpips":
+            distance = perceptual(jnp.clip(decoded, -1, 1), clips.frame)
+            pixel = losses.weight(noise.sigma) * distance
+        else:
+            pixel = losses.pixel_loss(decoded, clips.frame, noise.sigma, config.pixel)
     loss = losses.total(latent, pixel, config.pixel_weight)
     parts = {"loss": loss, "loss_latent": latent.mean(), "loss_pixel": pixel.mean()}
     return loss, parts | {"sigma": noise.sigma.mean()}
@@ -195,21 +202,25 @@ class Step:
     Attributes:
       graphdef: of `make_stage(config)`.
       vae: the frozen VAE of the pixel loss; None where there is none.
+      perceptual: the frozen LPIPS network, where that is the pixel loss.
     """
 
     config: TrainConfig
     graphdef: nnx.GraphDef
     vae: Network | None
+    perceptual: Network | None = None
 
     @property
-    def vae_params(self) -> Params:
-        return {} if self.vae is None else self.vae.params
+    def aids(self) -> dict[str, Params]:
+        """Parameters of the networks that only judge."""
+        networks = {"vae": self.vae, "perceptual": self.perceptual}
+        return {name: network.params for name, network in networks.items() if network is not None}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return self.apply(state, self.vae_params, batch)
+        return self.apply(state, self.aids, batch)
 
-    def apply(self, state: TrainState, vae_params: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        """The step with the VAE's parameters as an argument, which jit must not take for constants."""
+    def apply(self, state: TrainState, aids: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
+        """The step with the judging networks' parameters as an argument, no constants of the program."""
         config = self.config.optimizer
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         clip_key, noise_key = jax.random.split(key)
@@ -217,7 +228,7 @@ class Step:
         noise = draw_noise(self.config.loss, clips.gt.shape, noise_key)
 
         def loss(params: Params) -> tuple[Array, Metrics]:
-            return self.loss({**state.frozen, **params}, vae_params, clips, noise)
+            return self.loss({**state.frozen, **params}, aids, clips, noise)
 
         (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = make_optimizer(config).update(gradient, state.opt_state, state.params)
@@ -230,27 +241,34 @@ class Step:
         }
         return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
 
-    def loss(self, params: Params, vae_params: Params, clips: Clips, noise: Noise) -> tuple[Array, Metrics]:
+    def loss(
+        self, params: Params, aids: dict[str, Params], clips: Clips, noise: Noise
+    ) -> tuple[Array, Metrics]:
         """`objective` as a function of all parameters of the stage."""
-        vae = None if self.vae is None else bind(self.vae.graphdef, vae_params)
-        return objective(self.config.loss, bind(self.graphdef, params), vae, clips, noise)
+        vae = None if self.vae is None else bind(self.vae.graphdef, aids["vae"])
+        judge = None if self.perceptual is None else bind(self.perceptual.graphdef, aids["perceptual"])
+        return objective(self.config.loss, bind(self.graphdef, params), vae, clips, noise, judge)
 
 
-def make_step(config: TrainConfig, graphdef: nnx.GraphDef, vae: Network | None = None) -> Step:
+def make_step(
+    config: TrainConfig,
+    graphdef: nnx.GraphDef,
+    vae: Network | None = None,
+    perceptual: Network | None = None,
+) -> Step:
     """The step of a run.
 
     Args:
       graphdef: of `make_stage(config)`.
       vae: needed by the pixel loss; its parameters may be shapes alone where nothing is run.
+      perceptual: LPIPS, needed by the pixel loss of that name; likewise.
 
     Raises:
-      UserError: the pixel loss has no VAE, or is one that cannot be computed here.
+      UserError: the pixel loss lacks its VAE or its LPIPS network.
     """
-    if config.loss.pixel == "lpips":
-        raise UserError(
-            "loss.pixel=lpips needs the weights of a perceptual network, which this version does not read; "
-            "use l2 or l1 (the paper found LPIPS harmful)"
-        )
-    if config.loss.pixel != "none" and vae is None:
-        raise UserError(f"loss.pixel={config.loss.pixel} needs a VAE: give init.vae, or set loss.pixel=none")
-    return Step(config, graphdef, vae if config.loss.pixel != "none" else None)
+    pixel = config.loss.pixel
+    if pixel != "none" and vae is None:
+        raise UserError(f"loss.pixel={pixel} needs a VAE: give init.vae, or set loss.pixel=none")
+    if pixel == "lpips" and perceptual is None:
+        raise UserError("loss.pixel=lpips needs its weights: give init.lpips_trunk and init.lpips_heads")
+    return Step(config, graphdef, None if pixel == "none" else vae, perceptual if pixel == "lpips" else None)
