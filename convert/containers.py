@@ -252,3 +252,23 @@ def _from_torch(tensor: Any, name: str, path: Path) -> np.ndarray:
         raise UserError(f"{path}: tensor {name!r} is not a dense array ({tensor.dtype})") from error
     array.flags.writeable = False
     return array
+
+
+def write_deepspeed(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a `.pt` that the release loads; `path` is in a folder that appears when it is complete.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: writing it needs torch, pip install 'keysync_jax[convert]'") from error
+
+    def converted(x: np.ndarray) -> Any:
+        # torch takes no bfloat16 from numpy.
+        if x.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(x.copy())
+
+    torch.save({"module": {WRAPPER_PREFIX + name: converted(x) for name, x in tensors.items()}}, path)

@@ -18,8 +18,8 @@ EncoderKind = Literal["hubert", "wav2vec2", "wavlm"]
 StageKind = Literal["keyframe", "interpolation"]
 MaskKind = Literal["box", "full", "heart", "mouth"]
 Remat = Literal["none", "block", "layer"]
-"""What a backward pass computes again instead of keeping it: nothing, the inside of each resnet and
-transformer, or the inside of each resnet and of each layer of a transformer."""
+"""What a backward pass computes again instead of keeping it: nothing; the inside of each resnet and
+transformer; that, and of each layer of a transformer once more (least memory, one more forward pass)."""
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,6 @@ class _Run:
     def attention(
         self, name: str, part: TransformerSpatioTemporalModel, x: Array, kv: tuple[KeyValue, KeyValue]
     ) -> Array:
-        # Where its layers are recomputed the transformer's own inside is small enough to keep.
         layers = self.remat == "layer"
-        run = recomputed(lambda part, *a: part(*a), part) if self.remat == "block" else part
-        return self._named(name, run(x, kv, layers) if layers else run(x, kv))
+        run = recomputed(lambda part, *a: part(*a, layers), part, program=not layers)
+        return self._named(name, part(x, kv) if self.remat == "none" else run(x, kv))

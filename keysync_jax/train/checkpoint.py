@@ -1,0 +1,268 @@
+"""The state of a run on disk: its effective config, and Orbax checkpoints of the training state.
+
+    WORKDIR/config.json            what the run was started with
+    WORKDIR/checkpoints/STEP/      one checkpoint, complete or not there
+
+A batch is a function of (seed, step), so the step is all that resuming the data needs.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from keysync_jax.config import from_dict, to_dict
+from keysync_jax.errors import UserError
+from keysync_jax.pipeline.workspace import write_text
+from keysync_jax.train.config import CheckpointConfig, TrainConfig
+from keysync_jax.train.step import TrainState
+
+FORMAT = "keysync-run-1"
+
+MAY_CHANGE = ("steps", "log", "checkpoint", "mesh", "data.workers", "init")
+"""Settings that an interrupted run may go on with in another value; none changes what a step computes."""
+
+_PARTIAL_SUFFIX = ".orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """The checkpoints of a run. A context manager: leaving it waits for the save under way.
+
+    Saving is asynchronous: the arrays are copied, training goes on, and the folder appears under its step
+    when all of it is on disk. Older ones are removed only then. On several hosts every process makes the
+    same calls.
+
+    Args:
+      folder: of the checkpoints; made where it is not there.
+      config: how many are kept.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(max(1, config.keep))]
+        if config.keep_every:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        # Its tracebacks come a second time as exceptions, which are told in a sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.folder = Path(folder).absolute()
+        self._remove_partial()
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.folder,
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+            )
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be used ({error.strerror or error})") from error
+        self._saving: tuple[int, Any] | None = None
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the last complete checkpoint."""
+        return max(self._steps(), default=None)
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Starts saving a checkpoint; a step that is there already is left as it is.
+
+        Raises:
+          UserError: this save or the one before it failed; the last complete checkpoint stays.
+        """
+        self.wait()
+        if step in self._steps():
+            return
+        try:
+            response = self._checkpointer.save_async(step, _as_tree(state), force=True)
+        except (OSError, ValueError) as error:
+            raise self._failed(step, error) from error
+        self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Waits until the save under way is complete.
+
+        Raises:
+          UserError: it failed.
+        """
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            response.result()
+        # tensorstore reports a full disk as ValueError, Orbax some failures as RuntimeError.
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(step, error) from error
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The last checkpoint, bit for bit.
+
+        Args:
+          abstract: `jax.ShapeDtypeStruct`s with the shardings to restore to, on whatever mesh.
+
+        Raises:
+          UserError: there is none, or it is damaged.
+        """
+        return TrainState(**self._load(_as_tree(abstract), partial=False))
+
+    def restore_weights(self, average: bool) -> tuple[int, dict[str, np.ndarray]]:
+        """Step and parameters (trained and frozen, path -> fp32 array) of the last checkpoint.
+
+        Args:
+          average: take the exponential moving average of the trained ones.
+
+        Raises:
+          UserError: there is no checkpoint, it is damaged, or it holds no average.
+        """
+        step = self._latest_or_raise()
+        stored = self._stored(step)
+        trained = "ema" if average else "params"
+        if not stored.get(trained):
+            raise UserError(f"{self.folder / str(step)}: the run kept no moving average (optimizer.ema is 0)")
+        # An array as target means: read it into host memory. Memory that is never written costs nothing.
+        wanted = {
+            name: {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in stored[name].items()}
+            for name in (trained, "frozen")
+            if stored.get(name)
+        }
+        loaded = self._load(wanted, partial=True)
+        return step, {**loaded[trained], **loaded.get("frozen", {})}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Ends Orbax's threads; they report a failed save once more, which has been told already."""
+        try:
+            self._checkpointer.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            logging.getLogger(__name__).debug("while closing %s: %s", self.folder, error)
+            self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        """Gives back the room of a save that did not end; one whose writers are still busy goes next time."""
+        if jax.process_index() == 0:
+            for partial in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _steps(self) -> list[int]:
+        """Complete checkpoints as the disk has them; Orbax's own list runs ahead of a failed save."""
+        return [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
+
+    def _latest_or_raise(self) -> int:
+        step = self.latest
+        if step is None:
+            raise UserError(f"{self.folder}: there is no checkpoint in it")
+        return step
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        """The saved tree, with shapes and dtypes for leaves."""
+        try:
+            return dict(self._checkpointer.metadata(step).metadata)
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
+    def _load(self, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
+        step = self._latest_or_raise()
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        try:
+            with context:
+                return dict(ocp.load(self.folder / str(step), wanted))
+        # A damaged file surfaces as whatever its reader stumbles over.
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        others = [s for s in self._steps() if s != step]
+        instead = f"go on from step {max(others)}" if others else "start anew"
+        return UserError(
+            f"{self.folder / str(step)}: this checkpoint is damaged or of another network "
+            f"({_reason(error)}); remove this folder to {instead}"
+        )
+
+    def _failed(self, step: int, error: Exception) -> UserError:
+        last = "no checkpoint" if self.latest is None else f"the checkpoint of step {self.latest}"
+        return UserError(
+            f"{self.folder}: step {step} could not be saved ({_reason(error)}); {last} is complete, "
+            "and the same command goes on from there once there is room"
+        )
+
+
+def settle_config(workdir: Path, config: TrainConfig) -> None:
+    """Stores the effective config with the run; an interrupted run must go on with the same one.
+
+    Raises:
+      UserError: a setting that changes what a step computes is another one than the run was started with.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        _check_equal(workdir, read_config(workdir), config)
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps({"format": FORMAT, **to_dict(config)}, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from error
+
+
+def read_config(workdir: Path) -> TrainConfig:
+    """The effective config of a run.
+
+    Raises:
+      UserError: the folder is not that of a run, or its config cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{workdir}: not the folder of a training run (it has no config.json)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not the config of a training run in the format {FORMAT}")
+    return from_dict(TrainConfig, content, str(path))
+
+
+def _check_equal(workdir: Path, started: TrainConfig, config: TrainConfig) -> None:
+    before, now = _flat(to_dict(started)), _flat(to_dict(config))
+    for key, value in now.items():
+        if before[key] != value and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
+            raise UserError(
+                f"{workdir}: this run was started with {key} = {before[key]!r}, not {value!r}; "
+                "go on with that, or give another --workdir"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _as_tree(state: TrainState) -> dict[str, Any]:
+    """The state as a dictionary, so that its parts can be read one by one."""
+    return {name: getattr(state, name) for name in ("step", "params", "frozen", "opt_state", "ema")}
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where tensorstore's message has its number; else the message's beginning."""
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(number[1]))
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

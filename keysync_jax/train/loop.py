@@ -1,0 +1,284 @@
+"""The training loop: begin or go on, step, tell, save, and stop in good order."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from keysync_jax.errors import UserError
+from keysync_jax.model import Network, open_model
+from keysync_jax.nn.functional import shapes
+from keysync_jax.train.batch import Batch
+from keysync_jax.train.checkpoint import Checkpoints, settle_config
+from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.data import make_loader
+from keysync_jax.train.flops import device_peak, step_flops
+from keysync_jax.train.logs import Logs
+from keysync_jax.train.preview import Preview
+from keysync_jax.train.records import Dataset, check_fits
+from keysync_jax.train.sharding import (
+    Run,
+    jit_step,
+    make_mesh,
+    place_batch,
+    shardings,
+    state_from,
+)
+from keysync_jax.train.start import first_weights, load_perceptual, load_vae
+from keysync_jax.train.step import Metrics, TrainState, init_state, make_stage, make_step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+      step: steps done, all of them saved.
+      signal: what stopped the run before its last step; None where it is complete.
+    """
+
+    step: int
+    signal: int | None = None
+
+
+def train(config: TrainConfig, workdir: str | Path, show: bool = True) -> Outcome:
+    """Trains one stage, from the beginning or from the last checkpoint in `workdir`.
+
+    A batch and all noise are functions of (seed, step), and the state is restored bit for bit, so an
+    interrupted run goes through the same losses as one that was not. SIGTERM and SIGINT let the step under
+    way finish and save it. On several hosts every process calls this; SIGTERM to one stops them all at the
+    same step.
+
+    Args:
+      workdir: folder of the run; made where it is not there.
+      show: draw a progress bar on stderr (process 0 alone).
+
+    Raises:
+      UserError: something that the config names cannot be used, does not fit the run in `workdir`, a loss
+        is not finite, or a checkpoint cannot be saved or restored.
+    """
+    workdir = Path(workdir)
+    mesh = make_mesh(config.mesh, config.batch_size)
+    datasets = open_datasets(config)
+    vae = load_vae(config) if config.loss.pixel != "none" or config.log.preview_every else None
+    preview = Preview(config, datasets[0], vae) if config.log.preview_every and vae is not None else None
+    settle_config(workdir, config)
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
+        start = checkpoints.latest or 0
+        if start >= config.steps:
+            return Outcome(start)
+        loader = make_loader(config, datasets, jax.process_index(), jax.process_count(), start)
+        batches = stack.enter_context(closing(loader))
+        session = _Session(config, mesh, checkpoints, vae, preview)
+        state = session.first_state()
+        logs = stack.enter_context(Logs(workdir, config, start, jax.process_index() == 0, show))
+        signals = stack.enter_context(StopSignals())
+        return session.steps(state, start, batches, logs, signals)
+
+
+def open_datasets(config: TrainConfig) -> list[Dataset]:
+    """The run's datasets, each checked to fit the config and the model that the run starts from."""
+    if not config.data.paths:
+        raise UserError("data.paths is empty: give --config.data.paths=DATASET, made by keysync prepare")
+    hashes = _model_hashes(config)
+    datasets = [Dataset(path) for path in config.data.paths]
+    for dataset in datasets:
+        check_fits(dataset, config, hashes)
+    return datasets
+
+
+def _model_hashes(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 by file name of the encoders and the VAE that the run starts from, where they are known."""
+    hashes: dict[str, str] = {}
+    if config.init.kind == "keysync" and config.init.path:
+        hashes |= open_model(config.init.path).hashes
+    hashes.pop("vae.safetensors", None)
+    if config.init.vae and (Path(config.init.vae) / "vae.safetensors").is_file():
+        hashes["vae.safetensors"] = open_model(config.init.vae).hashes["vae.safetensors"]
+    return hashes
+
+
+class _Session:
+    """One run on one mesh: the compiled step, and what happens after each."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        vae: Network | None,
+        preview: Preview | None,
+    ):
+        self.config, self.mesh, self.checkpoints, self.preview = config, mesh, checkpoints, preview
+        self.graphdef, self.wanted = shapes(make_stage(config))
+        self.abstract = abstract_state(config, mesh, self.wanted)
+        perceptual = load_perceptual(config)
+        step = make_step(config, self.graphdef, vae, perceptual)
+        self.run: Run = jit_step(mesh, step, self.abstract)
+        self.flops = step_flops(config, self.graphdef, self.wanted, vae, perceptual)
+
+    def first_state(self) -> TrainState:
+        """The last checkpoint's state, else the one before the first step."""
+        if self.checkpoints.latest is not None:
+            return self.checkpoints.restore(self.abstract)
+        return state_from(self.mesh, self.config, first_weights(self.config))
+
+    def steps(
+        self, state: TrainState, start: int, batches: Iterator[Batch], logs: Logs, signals: "StopSignals"
+    ) -> Outcome:
+        """Steps until the last one or a signal; what was done last is saved."""
+        config, meter = self.config, Meter(self.config, self.flops)
+        for done in range(start + 1, config.steps + 1):
+            state, metrics = self.run(state, place_batch(self.mesh, next(batches)))
+            self._check(meter.add(done, metrics))
+            stopped = signals.received(done)
+            last = stopped is not None or done == config.steps
+            logs.advance()
+            if last or done % config.log.every == 0:
+                self._check(meter.finish())
+                logs.metrics(done, meter.line())
+            if self.preview is not None and done % config.log.preview_every == 0:
+                self._show(self.preview, state, done, logs)
+            if last or done % config.checkpoint.every == 0:
+                self._check(meter.finish())
+                self.checkpoints.save(state, done)
+            if stopped is not None:
+                break
+        self.checkpoints.wait()
+        return Outcome(done, stopped)
+
+    def _show(self, preview: Preview, state: TrainState, step: int, logs: Logs) -> None:
+        latents = preview.latents(self.mesh, self.graphdef, state)
+        if jax.process_index() == 0:
+            logs.preview(step, preview.picture(latents))
+
+    def _check(self, broken: "Broken | None") -> None:
+        if broken is None:
+            return
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest
+        good = "there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is good"
+        raise UserError(
+            f"step {broken.step}: {broken.name} is {broken.value}, so training stopped; {good} "
+            "(a lower optimizer.learning_rate, or dtype fp32, may help)"
+        )
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh, params: dict[str, jax.ShapeDtypeStruct]) -> TrainState:
+    """Shapes and shardings of a run's state.
+
+    Args:
+      params: path -> shape of every parameter of the stage.
+    """
+    state = jax.eval_shape(lambda params: init_state(config, params), params)
+    placed = shardings(mesh, config.mesh, state)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A number that is not finite."""
+
+    step: int
+    name: str
+    value: float
+
+
+class Meter:
+    """Collects the metrics of steps and the time they take, one step behind the device.
+
+    A step's numbers are fetched when the next one is under way, so that looking at them waits for nothing.
+    """
+
+    def __init__(self, config: TrainConfig, flops: int):
+        self._config, self._flops = config, flops
+        self._pending: tuple[int, Metrics] | None = None
+        self._rows: list[dict[str, float]] = []
+        self._since: tuple[int, float] | None = None
+        self._done = 0
+
+    def add(self, step: int, metrics: Metrics) -> Broken | None:
+        """Takes a step that was started; the first number of the one before it that is not finite."""
+        broken = self.finish()
+        self._pending = (step, metrics)
+        return broken
+
+    def finish(self) -> Broken | None:
+        """Waits for the step under way; its first number that is not finite."""
+        if self._pending is None:
+            return None
+        (step, metrics), self._pending = self._pending, None
+        row = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        self._rows.append(row)
+        self._done = step
+        if self._since is None:
+            # The first step compiles, and says nothing of the speed.
+            self._since = (step, time.perf_counter())
+        # The parts first: the sum of them would only say that one is broken.
+        names = sorted(row, key=lambda name: (not name.startswith("loss_"), name != "loss"))
+        return next((Broken(step, n, row[n]) for n in names if not math.isfinite(row[n])), None)
+
+    def line(self) -> dict[str, float]:
+        """Means of the metrics since the last line, the present learning rate, and the speed."""
+        rows, self._rows = self._rows, []
+        line = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        line["learning_rate"] = rows[-1]["learning_rate"]
+        return line | self._speed()
+
+    def _speed(self) -> dict[str, float]:
+        if self._since is None or self._since[0] == self._done:
+            return {}
+        now, (step, then) = time.perf_counter(), self._since
+        seconds = (now - then) / (self._done - step)
+        self._since = (self._done, now)
+        per_device = self._flops / seconds / jax.device_count()
+        peak = device_peak(jax.devices()[0].device_kind)
+        speed = {
+            "seconds_per_step": seconds,
+            "samples_per_second": self._config.batch_size / seconds,
+            "tflops_per_device": per_device / 1e12,
+        }
+        return speed | ({"share_of_peak": per_device / peak} if peak else {})
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def received(self, step: int) -> int | None:
+        """The signal to stop for after this step, the same in every process."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return self._received
+
+    def __enter__(self) -> Self:
+        # Several processes must agree on the step; JAX's own handler of SIGTERM sees to that.
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self._received = number

@@ -1,0 +1,177 @@
+"""`keysync train`: reads the config, joins the other hosts, trains."""
+
+import argparse
+import ast
+import importlib.resources
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from keysync_jax.config import from_dict, nearest
+from keysync_jax.errors import UserError
+from keysync_jax.train.config import TrainConfig
+
+OVERRIDE = "--config."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `keysync train`; overrides (`--config.x=y`) are taken off before parsing."""
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="configs/*.py; --config.x.y=v overrides"
+    )
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="of the run; an interrupted one goes on")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run takes, and stop")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="of the dry run (default 1)")
+    parser.add_argument(
+        "--multihost", action="store_true", help="join the other hosts, as the cluster's environment says"
+    )
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, where the environment says nothing"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: number of this one")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what argparse parses, the `--config.x=y` overrides)."""
+    overrides = [a for a in argv if a.startswith(OVERRIDE)]
+    return [a for a in argv if not a.startswith(OVERRIDE)], overrides
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Runs the parsed command; returns the exit code: 0, or 128 + the signal that stopped the run."""
+    config = load_config(arguments.config, overrides)
+    if arguments.dry_run:
+        from keysync_jax.train.plan import dry_run
+
+        print(dry_run(config, arguments.devices).table())
+        return 0
+    if arguments.workdir is None:
+        raise UserError("--workdir is missing: the folder of the run")
+    join_hosts(arguments.multihost, arguments.coordinator, arguments.processes, arguments.process)
+    from keysync_jax.train.loop import train
+
+    outcome = train(config, arguments.workdir)
+    if outcome.signal is None:
+        print(f"{arguments.workdir}: step {outcome.step} of {config.steps}; keysync export makes it a model")
+        return 0
+    print(
+        f"keysync: stopped at step {outcome.step} of {config.steps}, which is saved; "
+        "the same command goes on from there",
+        file=sys.stderr,
+    )
+    return 128 + outcome.signal
+
+
+def join_hosts(multihost: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Connects this process with the run's other ones; does nothing for a run on one host.
+
+    Args:
+      multihost: let JAX find the others (TPU pods, SLURM, Open MPI).
+      coordinator: `HOST:PORT` of process 0, with how many `processes` there are and which `process` this is.
+    """
+    import jax
+
+    given = [x is not None for x in (coordinator, processes, process)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --processes and --process go together")
+    if multihost or all(given):
+        try:
+            jax.distributed.initialize(coordinator, processes, process)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"cannot join the other hosts: {error}") from error
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The run's settings: a config file with overrides.
+
+    Args:
+      path: a Python file with `get_config() -> ml_collections.ConfigDict`. `configs/NAME.py` that is not
+        there is the one that came with the package.
+      overrides: `--config.section.key=value`. The value is read as the type that the key has now; a list is
+        written `a,b` or as a Python literal.
+
+    Raises:
+      UserError: no such file, no `get_config` in it, an unknown key (the nearest is named), a value of
+        another type, settings that do not fit each other.
+    """
+    module = _module(Path(path))
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path}: has no get_config(); a config file defines get_config() -> ConfigDict")
+    values = module.get_config().to_dict()
+    for override in overrides:
+        _override(values, override)
+    return from_dict(TrainConfig, values, str(path))
+
+
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        packaged = importlib.resources.files("keysync_jax.configs") / path.name
+        if path.parent not in (Path("configs"), Path()) or not packaged.is_file():
+            raise UserError(f"{path}: there is no such config file")
+        path = Path(str(packaged))
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: a config is a Python file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    return module
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one key of the nested values."""
+    name, equals, text = override.removeprefix(OVERRIDE).partition("=")
+    if not equals:
+        raise UserError(f"{override}: write --config.key=value, with the = and no space")
+    *sections, key = name.split(".")
+    for section in sections:
+        values = _known(values, section, override)
+        if not isinstance(values, dict):
+            raise UserError(f"{override}: {section!r} is a value, it has no keys")
+    values[key] = _parsed(text, _known(values, key, override), override)
+
+
+def _known(values: dict[str, Any], key: str, override: str) -> Any:
+    if key not in values:
+        raise UserError(f"{override}: unknown key {key!r}{nearest(key, values)}")
+    return values[key]
+
+
+def _parsed(text: str, now: Any, override: str) -> Any:
+    """The text as a value of the type that the key has now."""
+    if isinstance(now, dict):
+        raise UserError(f"{override}: this is a section; set one of its keys: {', '.join(now)}")
+    if isinstance(now, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{override}: {text!r} is neither true nor false")
+        return text.lower() == "true"
+    if isinstance(now, list | tuple):
+        return _parsed_list(text)
+    if isinstance(now, int | float):
+        try:
+            return type(now)(text.replace("_", ""))
+        except ValueError:
+            wanted = "a whole number" if isinstance(now, int) else "a number"
+            raise UserError(f"{override}: {text!r} is not {wanted}") from None
+    return text
+
+
+def _parsed_list(text: str) -> list[Any]:
+    """`a,b` -> ["a", "b"]; `1,2` -> [1, 2]; `("a",)` as Python reads it; nothing -> []."""
+    whole = _literal(text)
+    if isinstance(whole, list | tuple):
+        return list(whole)
+    return [_literal(part) for part in text.split(",") if part]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

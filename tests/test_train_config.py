@@ -1,0 +1,155 @@
+"""Configs, their overrides, the config that a run keeps, and the dry run."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from keysync_jax.config import to_dict
+from keysync_jax.errors import UserError
+from keysync_jax.launch.train import add_arguments, load_config, run, split_overrides
+from keysync_jax.train.checkpoint import read_config, settle_config
+from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.plan import dry_run
+
+NAMES = ("keyframe", "interpolation", "keyframe_tiny", "interpolation_tiny")
+
+
+def load(*overrides: str, config: str = "configs/keyframe_tiny.py") -> TrainConfig:
+    return load_config(config, [f"--config.{o}" for o in overrides])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_loads_from_a_checkout_and_from_the_package(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = load_config(Path(__file__).parents[1] / "configs" / f"{name}.py")
+    monkeypatch.chdir(tmp_path)
+    assert here == load_config(f"configs/{name}.py") == load_config(f"{name}.py")
+    assert here.stage.kind == name.removesuffix("_tiny")
+    assert here.stage.unet.in_channels == {"keyframe": 8, "interpolation": 9}[here.stage.kind]
+
+
+def test_full_size_is_the_papers_table() -> None:
+    key, between = load(config="configs/keyframe.py"), load(config="configs/interpolation.py")
+    assert (key.steps, key.optimizer.learning_rate) == (60_000, 1e-5)
+    assert (between.steps, between.optimizer.learning_rate) == (120_000, 3e-5)
+    for config in (key, between):
+        assert (config.batch_size, config.optimizer.warmup, config.loss.pixel_weight) == (32, 1000, 1.0)
+        assert (config.init.kind, config.loss.pixel, config.dtype) == ("svd", "l2", "bf16")
+
+
+def test_overrides_take_the_type_of_what_they_replace() -> None:
+    config = load(
+        "steps=1_000",
+        "optimizer.learning_rate=2e-5",
+        "log.wandb=True",
+        "data.paths=a/b,c",
+        "data.weights=0.25,0.75",
+        "init.vae=1234",
+        'mesh.rules=((".*kernel", ("data", "")),)',
+        "optimizer.frozen=",
+        "loss.pixel=l1",
+    )
+    assert config.steps == 1000
+    assert config.optimizer.learning_rate == 2e-5
+    assert config.log.wandb is True
+    assert config.data.paths == ("a/b", "c")
+    assert config.data.weights == (0.25, 0.75)
+    assert config.init.vae == "1234"
+    assert config.mesh.rules == ((".*kernel", ("data", "")),)
+    assert config.optimizer.frozen == ()
+    assert config.loss.pixel == "l1"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.learning_rat=1", "unknown key 'learning_rat', did you mean 'learning_rate'?"),
+        ("optimiser.ema=1", "unknown key 'optimiser', did you mean 'optimizer'?"),
+        ("steps.every=1", "'steps' is a value, it has no keys"),
+        ("optimizer=1", "this is a section"),
+        ("steps=1.5", "'1.5' is not a whole number"),
+        ("optimizer.ema=much", "'much' is not a number"),
+        ("log.wandb=1", "'1' is neither true nor false"),
+        ("log.wandb", "write --config.key=value"),
+        ("loss.pixel=l3", "'l3' is not 'none' or 'l2'"),
+        ("data.weights=1,2", "data.weights has 2 entries for 0 data.paths"),
+    ],
+)
+def test_an_override_that_cannot_be_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(override)
+    assert sentence in str(error.value)
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "configs/keyframe.py")
+    for text, sentence in (("x = 1", r"has no get_config\(\)"), ("x =", "cannot be read")):
+        (tmp_path / "config.py").write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            load_config(tmp_path / "config.py")
+
+
+def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
+    settle_config(tmp_path / "run", load("seed=3"))
+    assert read_config(tmp_path / "run") == load("seed=3")
+    later = load("seed=3", "steps=99", "log.every=7", "checkpoint.keep=9", "mesh.fsdp=2", "data.workers=2")
+    settle_config(tmp_path / "run", later)
+    assert read_config(tmp_path / "run") == later
+    for change in ("seed=4", "batch_size=4", "data.flip=0.5", "stage.unet.head_dim=32"):
+        name, _, _ = change.partition("=")
+        with pytest.raises(UserError, match=rf"was started with {name} = "):
+            settle_config(tmp_path / "run", load("seed=3", change) if name != "seed" else load(change))
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(UserError, match="not the config of a training run"):
+        settle_config(tmp_path / "run", later)
+    with pytest.raises(UserError, match="not the folder of a training run"):
+        read_config(tmp_path)
+
+
+def test_the_effective_config_is_json(tmp_path: Path) -> None:
+    settle_config(tmp_path, load("steps=7"))
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.pop("format") == "keysync-run-1"
+    assert content == to_dict(load("steps=7"))
+
+
+def test_full_size_dry_run(golden: Path) -> None:
+    plan = dry_run(load("mesh.data=2", "mesh.fsdp=4", config="configs/keyframe.py"), devices=8)
+    listed = json.loads((golden / "manifest_full.json").read_text())["tensors"]["keyframe"]
+    assert plan.trainable + plan.frozen == sum(math.prod(shape) for shape in listed.values())
+    frozen = [k for k in listed if "time_" in k and "time_embed" not in k]
+    assert plan.frozen == sum(math.prod(listed[k]) for k in frozen)
+    parts = {p.name: p for p in plan.parts}
+    assert parts["trainable"].bytes_whole == 4 * plan.trainable
+    assert parts["optimizer"].bytes_whole == pytest.approx(8 * plan.trainable, rel=1e-6)
+    assert parts["optimizer"].bytes_device == pytest.approx(2 * plan.trainable, rel=0.01)
+    assert parts["batch"].bytes_device == parts["batch"].bytes_whole / 8
+    # Forward and backward of 448 frames: between 1 and 10 TFLOP a frame.
+    assert 448e12 < plan.flops < 4480e12
+    assert "trainable 869,661,380" in plan.table()
+
+
+def test_dry_run_of_a_mesh_that_does_not_fit() -> None:
+    with pytest.raises(UserError, match="mesh"):
+        dry_run(load("mesh.data=3"), devices=8)
+    with pytest.raises(UserError, match="2 clips cannot be split"):
+        dry_run(load(), devices=8)
+
+
+def test_the_command_prints_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    argv = ["--config", "configs/keyframe_tiny.py", "--config.batch_size=8", "--dry-run", "--devices", "8"]
+    rest, overrides = split_overrides(argv)
+    assert overrides == ["--config.batch_size=8"]
+    assert run(parser.parse_args(rest), overrides) == 0
+    assert "data 8 x fsdp 1 = 8 devices, 8 clips a step" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--workdir is missing"):
+        run(parser.parse_args(rest[:2]), overrides)
+    with pytest.raises(UserError, match="go together"):
+        run(parser.parse_args([*rest[:2], "--workdir", "x", "--processes", "2"]), overrides)
