@@ -179,6 +179,12 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--check", type=Path, metavar="DATASET", help="check a dataset, and stop")
     parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="whose VAE and audio encoders to use")
     parser.add_argument("--encoders", default="", metavar="KIND,KIND", help="default: all of the model's")
+    parser.add_argument(
+        "--pitch",
+        default="",
+        metavar="N,N",
+        help="features of shifted voices too: semitones, as --pitch=-2,2",
+    )
     parser.add_argument("--landmarks", default="mediapipe", metavar="mediapipe|face_alignment")
     parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
     parser.add_argument(
@@ -207,6 +213,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     _keep_compiled_programs()
     settings = PrepareSettings(
         encoders=tuple(filter(None, arguments.encoders.split(","))),
+        pitch=_semitones(arguments.pitch),
         landmarks=arguments.landmarks,
         landmark_model=arguments.landmark_model,
         allow_download=arguments.allow_download,
@@ -218,6 +225,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
     source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
     print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())
     return 0
+
+
+def _semitones(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(",") if number)
+    except ValueError:
+        raise UserError(f"--pitch takes semitones, as --pitch=-2,2, not {text!r}") from None
 
 
 def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

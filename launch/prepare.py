@@ -23,6 +23,7 @@ from keysync_jax.launch.parts import Done, Part, Skipped, Work, key_of, remove_w
 from keysync_jax.launch.precomputed import feature_dims, latents_of, read_pixels, read_precomputed
 from keysync_jax.launch.sources import EMBEDDINGS, Clip, find_clips, is_reference_layout
 from keysync_jax.media.detectors import DETECTORS, make_detector
+from keysync_jax.media.pitch import check_semitones, shifted
 from keysync_jax.media.timeline import FPS
 from keysync_jax.model import DTYPES, Model, Network, model_bytes, open_model
 from keysync_jax.pipeline.features import audio_features
@@ -37,6 +38,7 @@ from keysync_jax.train.records import (
     LatentKind,
     Manifest,
     Settings,
+    audio_name,
     encode_frame,
     runs_without,
     write_json,
@@ -56,6 +58,7 @@ class PrepareSettings:
 
     Attributes:
       encoders: audio features to compute; those of every encoder that the model has, where empty.
+      pitch: semitones, up or down, by which the voice is shifted for further features of every encoder.
       landmarks: detector for the clips that have no `.npy` file of landmarks beside them.
       landmark_model: the detector's model file, where it is not in the cache.
       allow_download: fetch a detector's model file from its official address.
@@ -67,6 +70,7 @@ class PrepareSettings:
     """
 
     encoders: tuple[EncoderKind, ...] = ()
+    pitch: tuple[float, ...] = ()
     landmarks: str = "mediapipe"
     landmark_model: Path | None = None
     allow_download: bool = False
@@ -77,6 +81,8 @@ class PrepareSettings:
     shard_mib: int = 512
 
     def __post_init__(self) -> None:
+        for semitones in self.pitch:
+            check_semitones(semitones)
         if self.landmarks not in DETECTORS:
             raise UserError(
                 f"there is no landmark detector {self.landmarks}; choose one of {', '.join(DETECTORS)}"
@@ -223,6 +229,7 @@ class _FromVideos:
             landmarks=settings.landmarks,
             dtype=settings.dtype,
             seed=settings.seed,
+            pitch=tuple(sorted({float(semitones) for semitones in settings.pitch})),
         )
         if any(clip.landmarks is None for clip in clips):
             # Every clip would be skipped for the same reason otherwise; and it is fetched only once.
@@ -233,7 +240,7 @@ class _FromVideos:
         return self.model.load("vae", self.settings.dtype)
 
     @cached_property
-    def _encoders(self) -> dict[str, Network]:
+    def _encoders(self) -> dict[EncoderKind, Network]:
         return {kind: self.model.load(f"audio_{kind}") for kind in self.stored.encoders}
 
     def make(self, clips: Sequence[Clip], work: Work) -> Iterator[tuple[Clip, Part | str]]:
@@ -264,9 +271,11 @@ class _FromVideos:
 
     def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
         config, frames = self.model.config, len(faces.present)
+        voices = {0.0: faces.wave} | {shift: shifted(faces.wave, shift) for shift in self.stored.pitch}
         features = {
-            f"audio_{kind}": audio_features(config.encoders[kind], encoder.params, faces.wave, frames)
+            audio_name(kind, shift): audio_features(config.encoders[kind], encoder.params, wave, frames)
             for kind, encoder in self._encoders.items()
+            for shift, wave in voices.items()
         }
         crops, pixels = tee(read_crops(task.crops))
         latents = self._latents(crops, faces.sha256)
@@ -290,6 +299,10 @@ class _FromPrecomputed:
     """Makes records from the reference's folders."""
 
     def __init__(self, clips: Sequence[Clip], settings: PrepareSettings, model: Model | None):
+        if settings.pitch:
+            raise UserError(
+                "precomputed features have no shifted voices; leave --pitch out, or prepare from the videos"
+            )
         vae = VAEConfig() if model is None else model.config.vae
         self._scale = vae.scale_factor
         kinds = settings.encoders or tuple(
@@ -325,7 +338,7 @@ class _FromPrecomputed:
         def records() -> Iterator[dict[str, np.ndarray]]:
             crops = read_pixels(clip, frames, self.stored.crop_size) if self.stored.frames else None
             for i, latent in enumerate(found.latents):
-                audio = {f"audio_{kind}": vectors[i] for kind, vectors in found.features.items()}
+                audio = {audio_name(kind): vectors[i] for kind, vectors in found.features.items()}
                 pixels = {} if crops is None else {"frame": encode_frame(next(crops))}
                 yield {"mean": latent, "landmarks": found.landmarks[i], **audio, **pixels}
 

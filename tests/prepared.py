@@ -17,6 +17,7 @@ from keysync_jax.train.records import (
     RecordWriter,
     Settings,
     ShardInfo,
+    audio_name,
     encode_frame,
     encode_record,
     runs_without,
@@ -55,6 +56,11 @@ def record(clip: int, frame: int, latents: str = "posterior") -> dict[str, np.nd
     }
 
 
+def shifted_features(plain: np.ndarray, semitones: float) -> np.ndarray:
+    """Features of a shifted voice: the plain ones and a part that tells the shift."""
+    return (plain + semitones / 100).astype(np.float32)
+
+
 def write_dataset(
     folder: Path, clips: Sequence[int | np.ndarray], settings: Settings = SETTINGS, number: int = 0
 ) -> Dataset:
@@ -76,6 +82,11 @@ def write_dataset(
                 infos.append(info)
                 for frame in range(len(present)):
                     arrays = record(number + i, frame, settings.latents)
+                    arrays |= {
+                        audio_name(kind, shift): shifted_features(arrays[audio_name(kind)], shift)
+                        for kind in settings.encoders
+                        for shift in settings.pitch
+                    }
                     writer.write(encode_record({k: v for k, v in arrays.items() if _wanted(k, settings)}))
         shards.append(ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path)))
     Manifest(settings, tuple(shards), tuple(infos)).save(folder)

@@ -11,7 +11,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.data import Samples, latent_masks, make_loader, mirrored, starts
-from keysync_jax.train.records import Dataset
+from keysync_jax.train.records import Dataset, check_fits
 from tests.prepared import LATENT, SETTINGS, SIZE, train_config, write_dataset
 
 # The third clip has a face in two stretches, the fourth is too short for keyframes.
@@ -199,6 +199,66 @@ def test_audio_noise_has_its_size(dataset: Dataset) -> None:
     difference = np.stack([noisy(n).audio - plain(n).audio for n in range(40)])
     assert noisy(0).audio.dtype == np.float32
     assert difference.std() == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A dataset with two shifted voices beside the plain one."""
+    settings = dataclasses.replace(SETTINGS, pitch=(-2.0, 3.5))
+    return write_dataset(tmp_path_factory.mktemp("voices") / "dataset", CLIPS, settings)
+
+
+def shift_of(sample: Batch) -> float:
+    """Semitones that the features of a sample tell; they are the same in all its frames."""
+    shifts = (sample.audio - np.rint(sample.audio)) * 100
+    np.testing.assert_allclose(shifts, shifts.flat[0], atol=0.1)
+    return round(float(shifts.flat[0]), 1)
+
+
+def test_pitch_takes_the_shifted_voices(voices: Dataset) -> None:
+    plain = Samples(train_config(), [voices])
+    samples = Samples(train_config(data={"pitch": 0.6}), [voices])
+    shifts = [shift_of(samples(number)) for number in range(300)]
+    share = {shift: shifts.count(shift) / 300 for shift in set(shifts)}
+    assert share == {
+        0.0: pytest.approx(0.4, abs=0.1),
+        -2.0: pytest.approx(0.3, abs=0.1),
+        3.5: pytest.approx(0.3, abs=0.1),
+    }
+    for number in range(10):
+        expected, found = plain(number), samples(number)
+        assert shift_of(expected) == 0
+        np.testing.assert_array_equal(np.rint(found.audio), expected.audio)
+        assert_same(found._replace(audio=expected.audio), expected)
+
+
+def test_pitch_is_a_function_of_seed_and_step(voices: Dataset) -> None:
+    config = train_config(data={"pitch": 0.5, "flip": 0.5, "audio_noise": 0.001})
+    whole = take(config, [voices], 4)
+    for found, expected in zip(take(config, [voices], 2, start_step=2), whole[2:], strict=True):
+        assert_same(found, expected)
+    parts = [take(config, [voices], 4, process_index=i, process_count=2) for i in range(2)]
+    for step, expected in enumerate(whole):
+        rows = [part[step] for part in parts]
+        assert_same(Batch(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True))), expected)
+
+
+def test_without_pitch_shifted_voices_change_nothing(dataset: Dataset, voices: Dataset) -> None:
+    config = train_config(data={"flip": 0.5, "audio_noise": 0.1})
+    for number in range(10):
+        assert_same(Samples(config, [voices])(number), Samples(config, [dataset])(number))
+
+
+def test_pitch_is_a_probability() -> None:
+    with pytest.raises(UserError, match=r"data\.pitch is a probability, from 0 to 1, not 2"):
+        train_config(data={"pitch": 2.0})
+
+
+def test_pitch_needs_shifted_voices(dataset: Dataset, voices: Dataset) -> None:
+    config = train_config(data={"pitch": 0.5})
+    check_fits(voices, config)
+    with pytest.raises(UserError, match=r"has no pitch-shifted voices, which data\.pitch needs"):
+        check_fits(dataset, config)
 
 
 def test_a_stored_sample_has_no_variance(tmp_path: Path) -> None:

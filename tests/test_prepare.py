@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
+from keysync_jax.cli import main
 from keysync_jax.config import VAEConfig
 from keysync_jax.errors import UserError
 from keysync_jax.launch import parts as parts_module
@@ -25,13 +26,14 @@ from keysync_jax.launch.prepare import PrepareReport, PrepareSettings, check, pr
 from keysync_jax.launch.sources import Clip, find_clips
 from keysync_jax.media.audio import RATE, read_audio
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
+from keysync_jax.media.pitch import shifted
 from keysync_jax.media.video import read_frames
 from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import Model, Network, open_model
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.latents import encode_frames
 from keysync_jax.tensorfile import sha256_of, write_tensors
-from keysync_jax.train.records import Dataset, decode_frame
+from keysync_jax.train.records import Dataset, audio_name, decode_frame
 from tests.clips import face_landmarks, write_video, write_voice
 
 FRAMES = {"a2": 20, "a10": 31, "sub/b": 16}
@@ -305,6 +307,84 @@ def test_a_stored_sample_is_drawn_from_the_posterior(
     assert noise.std() == pytest.approx(1, abs=0.05)
 
 
+@pytest.fixture(scope="module")
+def prepared_voices(good: Path, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The good clips with two shifted voices."""
+    folder = tmp_path_factory.mktemp("prepared_voices") / "dataset"
+    prepare(good, folder, model, PrepareSettings(pitch=(2, -2.5)))
+    return folder
+
+
+def test_shifted_voices_are_stored_beside_the_plain_one(
+    good: Path, prepared_voices: Path, prepared_good: Path, model: Model
+) -> None:
+    dataset, plain = check(prepared_voices), Dataset(prepared_good)
+    assert dataset.settings.pitch == (-2.5, 2.0)
+    assert json.loads((prepared_voices / "manifest.json").read_bytes())["settings"]["pitch"] == [-2.5, 2.0]
+    records, frames = dataset.read(1, range(31)), 31
+    for found, expected in zip(records, plain.read(1, range(31)), strict=True):
+        assert set(found) - set(expected) == {
+            f"audio_{kind}_pitch{shift}" for kind in ("hubert", "wavlm") for shift in ("+2", "-2.5")
+        }
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+    wave_ = read_audio(good / "a10.mp4")[: frames * 640]
+    for kind, config in model.config.encoders.items():
+        params = model.load(f"audio_{kind}").params
+        for shift in (-2.5, 2.0):
+            features = audio_features(config, params, shifted(wave_, shift), frames)
+            np.testing.assert_array_equal([r[audio_name(kind, shift)] for r in records], features)
+
+
+def test_a_run_with_shifted_voices_goes_on(
+    good: Path, prepared_voices: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PrepareSettings(pitch=(-2.5, 2.0), workers=1)
+    monkeypatch.setattr(parts_module.Work, "decide", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(good, tmp_path / "dataset", model, settings)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="was begun with another model or other settings"):
+        prepare(good, tmp_path / "dataset", model, PrepareSettings(pitch=(-2.5,)))
+    prepare(good, tmp_path / "dataset", model, settings)
+    assert contents(tmp_path / "dataset") == contents(prepared_voices)
+    with pytest.raises(UserError, match="holds a dataset of other clips or settings"):
+        prepare(good, tmp_path / "dataset", model)
+
+
+def test_a_missing_shifted_voice_is_noticed(prepared_good: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared_good, tmp_path / "dataset")
+    manifest = json.loads((tmp_path / "dataset/manifest.json").read_bytes())
+    manifest["settings"]["pitch"] = [2.0]
+    (tmp_path / "dataset/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has no sound 'audio_hubert_pitch\\+2'"):
+        check(tmp_path / "dataset")
+
+
+def test_a_dataset_from_before_there_were_shifted_voices_opens(prepared_good: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared_good, tmp_path / "dataset")
+    manifest = json.loads((tmp_path / "dataset/manifest.json").read_bytes())
+    del manifest["settings"]["pitch"]
+    (tmp_path / "dataset/manifest.json").write_text(json.dumps(manifest))
+    assert check(tmp_path / "dataset").settings.pitch == ()
+
+
+@pytest.mark.parametrize(
+    ("pitch", "sentence"),
+    [
+        ("-2,two", "--pitch takes semitones, as --pitch=-2,2, not '-2,two'"),
+        ("13", "a pitch shift is up to 12 semitones up or down, not 13"),
+        ("0", "a pitch shift is up to 12 semitones up or down, not 0"),
+        ("nan", "a pitch shift is up to 12 semitones up or down, not nan"),
+    ],
+)
+def test_a_pitch_that_cannot_be_used(
+    good: Path, tmp_path: Path, pitch: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", str(good), "-o", str(tmp_path / "dataset"), f"--pitch={pitch}"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_sound_that_starts_before_the_picture_is_cut(good: Path, tmp_path: Path) -> None:
     """Frame 0 goes with the sound at its own time, not with the file's first sample."""
     late = tmp_path / "late.mp4"
@@ -318,8 +398,8 @@ def test_sound_that_starts_before_the_picture_is_cut(good: Path, tmp_path: Path)
         waves.append(found.wave)
     count = round(0.7 * RATE)
     assert len(waves[1]) >= count
-    shifted = waves[0][round(0.4 * RATE) :][:count]
-    assert np.abs(waves[1][:count] - shifted).max() < 0.02
+    later = waves[0][round(0.4 * RATE) :][:count]
+    assert np.abs(waves[1][:count] - later).max() < 0.02
 
 
 def remux_with_delay(source: Path, target: Path, seconds: float) -> None:
@@ -379,6 +459,12 @@ def test_the_references_folders_are_taken_as_they_are(tmp_path: Path) -> None:
         pixels = list(read_frames(folder / "videos" / f"{name}.mp4"))
         stored = np.stack([decode_frame(r["frame"]) for r in records]).astype(int)
         assert np.abs(stored - np.stack(pixels)).mean() < 2
+
+
+def test_the_references_features_cannot_be_shifted(tmp_path: Path) -> None:
+    write_reference_layout(tmp_path / "reference", {"c1": 20})
+    with pytest.raises(UserError, match="have no shifted voices"):
+        prepare(tmp_path / "reference", tmp_path / "dataset", settings=PrepareSettings(pitch=(2,)))
 
 
 def test_landmarks_of_another_frame_size_are_noticed(tmp_path: Path) -> None:

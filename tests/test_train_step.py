@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from keysync_jax import rules
-from keysync_jax.config import StageConfig, StageKind, UNetConfig, VAEConfig
+from keysync_jax.config import Remat, StageConfig, StageKind, UNetConfig, VAEConfig
 from keysync_jax.convert.unet import stage_table
 from keysync_jax.convert.vae import engine_vae_table
 from keysync_jax.diffusion import loss as losses
@@ -352,6 +352,29 @@ def test_pixel_losses_are_their_formulas() -> None:
     np.testing.assert_allclose(l2, [1.25 * (1 + 0.0625 + 1) / 3], rtol=1e-6)
     np.testing.assert_allclose(l1, [1.25 * (1 + 0.25 + 1) / 3], rtol=1e-6)
     assert losses.total(jnp.array([1.0, 3.0]), jnp.array([2.0, 4.0]), 0.5) == 3.5
+
+
+@pytest.mark.parametrize("remat", ["block", "layer"])
+def test_what_is_computed_again_does_not_change_the_gradients(remat: Remat) -> None:
+    def gradients(remat: Remat) -> Any:
+        config = replace(train_config(batch_size=2), remat=remat)
+        graphdef, abstract = shapes(make_stage(config))
+        decoder = Network(shapes(lambda rngs: VAE(config.vae, remat=remat, rngs=rngs))[0], vae().params)
+        step = make_step(config, graphdef, decoder)
+        clips = draw_clips(config, batch(config, 0), jax.random.key(0))
+        noise = draw_noise(config.loss, clips.gt.shape, jax.random.key(1))
+
+        def run(params: Any, aids: Any) -> Any:
+            return jax.grad(lambda p: step.loss(p, aids, clips, noise)[0])(params)
+
+        text = str(jax.make_jaxpr(run)(abstract, step.aids))
+        assert ("remat" in text or "checkpoint" in text) == (remat != "none")
+        return jax.jit(run, compiler_options=QUICK_COMPILATION)(parameters(abstract), step.aids)
+
+    kept, again = gradients("none"), gradients(remat)
+    for path, wanted in kept.items():
+        bound = 1e-5 * float(np.abs(wanted).max()) + 1e-7
+        np.testing.assert_allclose(again[path], wanted, atol=bound, err_msg=path)
 
 
 def test_without_a_pixel_loss_no_vae_is_read() -> None:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from keysync_jax.config import VAEConfig
+from keysync_jax.config import Remat, VAEConfig
 from keysync_jax.nn.blocks import ResnetBlock, SpatioTemporalResBlock
 from keysync_jax.nn.layers import Attention, Conv2d, ConvTime, GroupNorm, Upsample
+from keysync_jax.nn.remat import recomputed
 from keysync_jax.typing import Array
 
 EPSILON = 1e-6
@@ -69,7 +70,7 @@ class Encoder(nnx.Module):
 class TemporalDecoder(nnx.Module):
     """Latents to frames; every resnet mixes neighbouring frames, and so does the last convolution."""
 
-    def __init__(self, config: VAEConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, dtype: Any, remat: Remat, rngs: nnx.Rngs):
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         resnet: dict[str, Any] = {
             "groups": config.norm_groups,
@@ -77,6 +78,7 @@ class TemporalDecoder(nnx.Module):
             "temporal_first": True,
             **common,
         }
+        self.remat = remat
         widths, layers = config.block_out_channels, config.layers_per_block
         dim = widths[-1]
         self.conv_in = Conv2d(config.latent_channels, dim, **common)
@@ -103,13 +105,16 @@ class TemporalDecoder(nnx.Module):
             y = part(x.reshape(b * t, *x.shape[2:]))
             return y.reshape(b, t, *y.shape[1:])
 
+        def run(resnet: SpatioTemporalResBlock, x: Array) -> Array:
+            return resnet(x) if self.remat == "none" else recomputed(lambda part, x: part(x), resnet)(x)
+
         x = framewise(self.conv_in, z)
-        x = self.mid_block.resnets[0](x)
+        x = run(self.mid_block.resnets[0], x)
         x = framewise(self.mid_block.attentions[0], x)
-        x = self.mid_block.resnets[1](x)
+        x = run(self.mid_block.resnets[1], x)
         for block in self.up_blocks:
             for resnet in block.resnets:
-                x = resnet(x)
+                x = run(resnet, x)
             if block.upsamplers is not None:
                 x = framewise(block.upsamplers[0], x)
         x = framewise(self.conv_out, nnx.silu(framewise(self.conv_norm_out, x)))
@@ -122,14 +127,15 @@ class VAE(nnx.Module):
     Args:
       config: sizes.
       dtype: of the computation; parameters are created in fp32.
+      remat: what the decoder's backward pass computes again: nothing, or the inside of each resnet.
     """
 
-    def __init__(self, config: VAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         moments = 2 * config.latent_channels
         self.quant_conv = Conv2d(moments, moments, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
-        self.decoder = TemporalDecoder(config, dtype=dtype, rngs=rngs)
+        self.decoder = TemporalDecoder(config, dtype=dtype, remat=remat, rngs=rngs)
 
     def encode(self, frames: Array) -> Posterior:
         """The posterior of frames.

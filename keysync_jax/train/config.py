@@ -53,6 +53,7 @@ class DataConfig:
       keyframe_stride: frames between the frames of a keyframe sample.
       sample_posterior: draw latents anew from the stored posterior; its mean where false.
       flip: probability of a left-right flip of a whole clip.
+      pitch: probability that a sample takes the features of one of the dataset's shifted voices.
       audio_noise: standard deviation of noise added to the audio features.
       reference_noise: standard deviation of noise added to the reference latents (raw).
       workers: processes that read ahead; 0 reads in the training process.
@@ -64,6 +65,7 @@ class DataConfig:
     keyframe_stride: int = 13
     sample_posterior: bool = True
     flip: float = 0.0
+    pitch: float = 0.0
     audio_noise: float = 0.0
     reference_noise: float = 0.0
     workers: int = 0
@@ -71,6 +73,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.paths):
             raise UserError(f"data.weights has {len(self.weights)} entries for {len(self.paths)} data.paths")
+        if not 0 <= self.pitch <= 1:
+            raise UserError(f"data.pitch is a probability, from 0 to 1, not {self.pitch:g}")
 
 
 @dataclass(frozen=True)

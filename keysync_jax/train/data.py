@@ -20,7 +20,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.media.masks import make_mask, scale_landmarks, to_latent
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import TrainConfig
-from keysync_jax.train.records import SAMPLE_LOGVAR, Dataset, Record, decode_frame
+from keysync_jax.train.records import SAMPLE_LOGVAR, Dataset, Record, audio_name, decode_frame
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Samples:
         frames, reference = self._choose(rng, dataset, clip)
         shown = int(rng.integers(len(frames)))
         flipped = bool(rng.random() < config.data.flip)
-        audio = f"audio_{config.audio_encoder}"
+        audio = audio_name(config.audio_encoder, self._shift(rng, dataset))
         names = ["mean", "landmarks", audio] + (["logvar"] if dataset.settings.latents == "posterior" else [])
         records = dataset.read(clip, frames, names)
         mean, logvar = _posterior(records)
@@ -144,6 +144,13 @@ class Samples:
             np.asarray(shown, np.int32),
         )
         return mirrored(sample) if flipped else sample
+
+    def _shift(self, rng: np.random.Generator, dataset: Dataset) -> float:
+        """Semitones by which the voice of the sample is shifted; 0: it is not."""
+        # Nothing is drawn where it is off: the other draws of a run without it stay what they were.
+        if not self.config.data.pitch or rng.random() >= self.config.data.pitch:
+            return 0.0
+        return float(rng.choice(dataset.settings.pitch))
 
     def _choose(self, rng: np.random.Generator, dataset: Dataset, clip: int) -> tuple[list[int], list[int]]:
         """Frames of the sample, and of its reference (none for the interpolation stage)."""

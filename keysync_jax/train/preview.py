@@ -16,7 +16,7 @@ from keysync_jax.pipeline.latents import decode_latents
 from keysync_jax.pipeline.sampling import Windows, sample_windows
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.data import latent_masks, starts, stride_of
-from keysync_jax.train.records import Dataset, Record, decode_frame
+from keysync_jax.train.records import Dataset, Record, audio_name, decode_frame
 from keysync_jax.train.step import TrainState
 from keysync_jax.typing import Frames
 
@@ -57,7 +57,7 @@ class Preview:
         points = np.stack([r["landmarks"] for r in records])
         settings = dataset.settings
         masks = latent_masks(points, settings.crop_size, settings.latent_size, self.config.data.mask)
-        features = np.stack([r[f"audio_{self.config.audio_encoder}"] for r in records])
+        features = np.stack([r[audio_name(self.config.audio_encoder)] for r in records])
         noise = np.random.default_rng(self.config.seed).standard_normal(raw.shape, np.float32)
         gt = raw * np.float32(self.config.vae.scale_factor)
         rows = (noise, features, reference, gt, masks[..., None].astype(np.float32))

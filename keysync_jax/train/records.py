@@ -8,6 +8,7 @@ A record is a small safetensors file, so that any tool can read one:
 | mean | fp32 | `[h, w, 4]`, alone where the dataset stores samples |
 | landmarks | fp32 | `[68, 2]`, (x, y) in pixels of the crop |
 | audio_KIND | fp32 | `[2, D]`, of each encoder |
+| audio_KIND_pitch+2 | fp32 | `[2, D]`, of the voice shifted by that many semitones; for each shift |
 | frame | uint8 | `[bytes]`, the crop as JPEG; absent where the dataset has no pixels |
 
 The records of a clip lie side by side in one shard, in the order of time. The manifest is written last,
@@ -75,6 +76,7 @@ class Settings:
       landmarks: the detector, for clips without landmarks of their own.
       dtype: of the VAE's computation.
       seed: of stored samples.
+      pitch: semitones by which the voice was shifted for further audio features.
     """
 
     crop_size: int
@@ -87,6 +89,7 @@ class Settings:
     dtype: str = "fp32"
     seed: int = 0
     fps: int = 25
+    pitch: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,12 @@ class Manifest:
         if found != FORMAT:
             raise UserError(f"{path}: has the format {found!r}, not {FORMAT!r}; prepare the dataset anew")
         return from_dict(cls, content, str(path))
+
+
+def audio_name(kind: EncoderKind, semitones: float = 0.0) -> str:
+    """Name in a record of an encoder's features, of the voice itself or shifted by `semitones`."""
+    shift = f"_pitch{semitones:+}".removesuffix(".0") if semitones else ""
+    return f"audio_{kind}{shift}"
 
 
 def runs_without(present: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -363,7 +372,8 @@ class Dataset:
         latent = (settings.latent_size, settings.latent_size, 4)
         wanted: dict[str, tuple[int, ...]] = {"mean": latent, "landmarks": (68, 2)}
         wanted |= {"logvar": latent} if settings.latents == "posterior" else {}
-        wanted |= {f"audio_{kind}": (2, encoder.dim) for kind, encoder in settings.encoders.items()}
+        for kind, encoder in settings.encoders.items():
+            wanted |= {audio_name(kind, shift): (2, encoder.dim) for shift in (0.0, *settings.pitch)}
         for name, shape in wanted.items():
             if name not in record or record[name].shape != shape or not np.isfinite(record[name]).all():
                 raise UserError(f"{self.folder}: a record of the clip {clip.name!r} has no sound {name!r}")
@@ -381,7 +391,8 @@ def check_fits(dataset: Dataset, config: TrainConfig, hashes: Mapping[str, str] 
         compared: features and latents that were imported say only which kind they are.
 
     Raises:
-      UserError: other audio features, another VAE, another size, or no pixels for the pixel loss.
+      UserError: other audio features, another VAE, another size, no pixels for the pixel loss, or no
+        shifted voices for `data.pitch`.
     """
     folder, settings, stage = dataset.folder, dataset.settings, config.stage
     encoder = settings.encoders.get(stage.audio_encoder)
@@ -405,3 +416,8 @@ def check_fits(dataset: Dataset, config: TrainConfig, hashes: Mapping[str, str] 
             raise UserError(f"{folder}: was prepared with another {file} than the model of this run has")
     if config.loss.pixel != "none" and not settings.frames:
         raise UserError(f"{folder}: has no pixels, which the pixel loss needs; set loss.pixel=none")
+    if config.data.pitch and not settings.pitch:
+        raise UserError(
+            f"{folder}: has no pitch-shifted voices, which data.pitch needs; prepare it anew with --pitch or "
+            "set data.pitch=0"
+        )

@@ -51,7 +51,9 @@ def load_vae(config: TrainConfig) -> Network:
       UserError: its checkpoint cannot be read, or is of other sizes than `config.vae`.
     """
     sizes, weights = _vae_weights(config)
-    graphdef, wanted = shapes(lambda rngs: VAE(sizes, dtype=DTYPES[config.dtype], rngs=rngs))
+    graphdef, wanted = shapes(
+        lambda rngs: VAE(sizes, dtype=DTYPES[config.dtype], remat=config.remat, rngs=rngs)
+    )
     held = {path: _held(config, leaf) for path, leaf in wanted.items()}
     return Network(graphdef, {p: np.asarray(weights[p]).astype(held[p].dtype) for p in wanted})
 
@@ -72,7 +74,9 @@ def load_perceptual(config: TrainConfig) -> Network | None:
 
 def vae_shapes(config: TrainConfig) -> Network:
     """The same VAE from shapes alone."""
-    graphdef, wanted = shapes(lambda rngs: VAE(config.vae, dtype=DTYPES[config.dtype], rngs=rngs))
+    graphdef, wanted = shapes(
+        lambda rngs: VAE(config.vae, dtype=DTYPES[config.dtype], remat=config.remat, rngs=rngs)
+    )
     return Network(graphdef, {path: _held(config, leaf) for path, leaf in wanted.items()})
 
 
