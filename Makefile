@@ -7,8 +7,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 VENV ?= .venv
 # Further options of pip install, e.g. --extra-index-url of the CPU builds of torch.
 PIP_FLAGS ?=
-# Two processes; the tests of one file stay in one, where they share what they compiled.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Two processes; one that is done takes over half of what the other still has.
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt

@@ -39,10 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"the disk is full ({error.filename or 'while writing'})")
+        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            return _fail(f"{error.filename}: {error.strerror}")
         raise
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            return _fail("the device has too little memory; try --dtype bf16 or fewer --windows-per-call")
+            return _fail(f"the device has too little memory; {arguments.less_memory}")
         raise
 
 
@@ -87,7 +89,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--mask", default="box", choices=("box", "full", "heart", "mouth"), help="training mask"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
-    parser.set_defaults(run=_convert, resumable=False)
+    parser.set_defaults(run=_convert, resumable=False, less_memory="run it on the CPU")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -139,7 +141,8 @@ def _add_dub(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--windows-per-call", type=int, default=1, metavar="N", help="batch of windows (default 1)"
     )
-    parser.set_defaults(run=_dub, resumable=True)
+    less = "try --dtype bf16, or fewer --windows-per-call"
+    parser.set_defaults(run=_dub, resumable=True, less_memory=less)
 
 
 def _dub(arguments: argparse.Namespace) -> int:
@@ -198,7 +201,7 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
     )
-    parser.set_defaults(run=_prepare, resumable=True)
+    parser.set_defaults(run=_prepare, resumable=True, less_memory="try --dtype bf16")
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -239,7 +242,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
     parser = commands.add_parser("train", help="train one stage")
     add_arguments(parser)
-    parser.set_defaults(run=_train, resumable=True)
+    less = "try a smaller batch_size with optimizer.accumulate, remat=layer, or a larger mesh.fsdp"
+    parser.set_defaults(run=_train, resumable=True, less_memory=less)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -258,16 +262,18 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--average", action="store_true", help="take the moving averages of the weights")
     parser.add_argument("--to", choices=("reference", "diffusers"), help="a layout of PyTorch")
     parser.add_argument("--pickled", action="store_true", help="with --to reference: DeepSpeed's .pt")
-    parser.set_defaults(run=_export, resumable=False)
+    parser.set_defaults(run=_export, resumable=False, less_memory="run it on the CPU")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from keysync_jax.train.export import export, export_torch
 
     if arguments.to is not None:
-        if len(arguments.source) != 1:
-            raise UserError("export --to takes one model directory")
+        if len(arguments.source) != 1 or arguments.base is not None or arguments.average:
+            raise UserError("export --to takes one model directory, and neither --base nor --average")
         export_torch(arguments.source[0], arguments.output, arguments.to, arguments.pickled)
+    elif arguments.pickled:
+        raise UserError("export --pickled goes with --to reference")
     elif arguments.base is None:
         raise UserError("export needs --base: the model directory with what the runs did not train")
     else:
@@ -284,7 +290,7 @@ def _add_parity(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the networks (default fp32)"
     )
-    parser.set_defaults(run=_parity, resumable=False)
+    parser.set_defaults(run=_parity, resumable=False, less_memory="try a smaller golden file")
 
 
 def _parity(arguments: argparse.Namespace) -> int:

@@ -111,10 +111,19 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """Scales of the separated guidance (paper, eq. 9)."""
+    """How samples are guided.
 
+    Attributes:
+      kind: "separated" (paper, eq. 9), "cfg" (the paper's baseline: both conditions dropped together)
+        or "none".
+      audio, identity: scales of the separated guidance.
+      scale: of plain classifier-free guidance.
+    """
+
+    kind: Literal["separated", "cfg", "none"] = "separated"
     audio: float = 5.0
     identity: float = 2.0
+    scale: float = 2.0
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """What `prepare` has done so far: a part file for every finished clip, then shards made of the parts."""
 
+import fcntl
 import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -26,7 +30,11 @@ from keysync_jax.train.records import (
     write_json,
 )
 
+log = logging.getLogger(__name__)
+
 FOLDER = ".work"
+
+_SETTINGS = "settings.json"
 
 _RECORDS_AT_ONCE = 64
 
@@ -67,6 +75,48 @@ def remove_work(output: Path) -> None:
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
+@contextmanager
+def open_work(output: Path, settings: Settings, shard_bytes: int) -> "Iterator[Work]":
+    """The work folder, made where it is missing and locked until the block or the process ends.
+
+    Raises:
+      UserError: the output is something else, cannot be written, was begun with other settings, or another
+        run works on it.
+    """
+    try:
+        _make_folder(output)
+        lock = (output / FOLDER / "lock").open("wb")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); give another name") from None
+    with lock:
+        _take(lock, output)
+        yield Work(output, settings, shard_bytes, lock)
+
+
+def _make_folder(output: Path) -> None:
+    if (output / FOLDER / _SETTINGS).is_file():
+        return
+    if output.exists() and (not output.is_dir() or set(output.iterdir()) - {output / FOLDER}):
+        raise UserError(f"{output}: exists already and is no dataset; give a name for a new folder")
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: the folder {output.parent} does not exist")
+    (output / FOLDER).mkdir(parents=True, exist_ok=True)
+
+
+def _take(lock: IO[bytes], output: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The other run may have ended, and removed the file, after it was opened here.
+        taken = os.fstat(lock.fileno()).st_nlink == 0
+    except BlockingIOError:
+        taken = True
+    except OSError as error:
+        log.warning("%s: cannot be locked (%s); let no second run write it", output, error.strerror)
+        return
+    if taken:
+        raise UserError(f"{output}: another run is preparing this dataset; wait until it has ended")
+
+
 class Work:
     """The folder `.work` of a dataset that is being made.
 
@@ -78,21 +128,17 @@ class Work:
       crops: folder for the crops that workers cut.
 
     Raises:
-      UserError: the output is something else, or was begun with other settings.
+      UserError: the output was begun with other settings.
     """
 
-    def __init__(self, output: Path, settings: Settings, shard_bytes: int):
+    def __init__(self, output: Path, settings: Settings, shard_bytes: int, lock: IO[bytes]):
         self.output, self.settings, self.folder = output, settings, output / FOLDER
         self.crops, self._parts, self._shard_bytes = self.folder / "crops", self.folder / "parts", shard_bytes
-        self._plan = self.folder / "plan.json"
-        mark = self.folder / "settings.json"
+        self._plan, self._lock = self.folder / "plan.json", lock
+        mark = self.folder / _SETTINGS
         wanted = {"format": FORMAT, "shard_bytes": shard_bytes, **to_dict(settings)}
         if not mark.is_file():
-            if output.exists() and (not output.is_dir() or set(output.iterdir()) - {self.folder}):
-                raise UserError(f"{output}: exists already and is no dataset; give a name for a new folder")
-            if not output.parent.is_dir():
-                raise UserError(f"{output}: the folder {output.parent} does not exist")
-            self._parts.mkdir(parents=True, exist_ok=True)
+            self._parts.mkdir(exist_ok=True)
             write_json(mark, wanted)
         elif json.loads(mark.read_bytes()) != wanted:
             raise UserError(
@@ -174,7 +220,11 @@ class Work:
         return ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path))
 
     def discard(self) -> None:
-        """Removes the folder, and the output's where there is nothing else."""
+        """Removes the folder, and the output's where there is nothing else; the lock ends before.
+
+        (On NFS a file that is open cannot be removed for good, nor its folder.)
+        """
+        self._lock.close()
         shutil.rmtree(self.folder)
         if not any(self.output.iterdir()):
             self.output.rmdir()

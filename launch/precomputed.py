@@ -10,7 +10,7 @@ import numpy as np
 
 from keysync_jax.config import EncoderKind
 from keysync_jax.errors import UserError
-from keysync_jax.launch.sources import Clip
+from keysync_jax.launch.sources import LATENTS, Clip, has_latents
 from keysync_jax.media.landmarks import POINTS, bridge
 from keysync_jax.media.timeline import FPS
 from keysync_jax.media.video import read_frames
@@ -42,6 +42,11 @@ class Precomputed:
 
 def latents_of(clip: Clip) -> np.ndarray:
     """Scaled latents as stored, `[T, 4, h, w]`; a view of the file."""
+    if not has_latents(clip):
+        raise UserError(
+            f"{clip.path}: has no latents ({Path(clip.name).name}{LATENTS}); give raw videos in a folder of "
+            "their own"
+        )
     latents = _tensor(clip.path, "latents")
     if latents.ndim != 4 or latents.shape[1] != 4 or latents.shape[2] != latents.shape[3]:
         raise UserError(f"{clip.path}: its latents have shape {list(latents.shape)}, not [T, 4, h, h]")

@@ -7,6 +7,7 @@ names, and the manifest is written last.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,14 +15,15 @@ from itertools import tee
 from pathlib import Path
 from typing import Protocol
 
+import av
 import numpy as np
 
 from keysync_jax.config import EncoderKind, VAEConfig, from_dict
 from keysync_jax.errors import UserError
 from keysync_jax.launch.faces import Faces, Task, cut_all, read_crops, reason_of
-from keysync_jax.launch.parts import Done, Part, Skipped, Work, key_of, remove_work, write_part
+from keysync_jax.launch.parts import Done, Part, Skipped, Work, key_of, open_work, remove_work, write_part
 from keysync_jax.launch.precomputed import feature_dims, latents_of, read_pixels, read_precomputed
-from keysync_jax.launch.sources import EMBEDDINGS, Clip, find_clips, is_reference_layout
+from keysync_jax.launch.sources import EMBEDDINGS, Clip, find_clips, has_latents, is_reference_layout
 from keysync_jax.media.detectors import DETECTORS, make_detector
 from keysync_jax.media.pitch import check_semitones, shifted
 from keysync_jax.media.timeline import FPS
@@ -51,10 +53,12 @@ MIB = 2**20
 SHORTEST = 14
 """Frames of the shortest sample: T in a row."""
 
+_OF_VIDEOS = ("landmarks", "landmark_model", "allow_download", "latents", "seed", "dtype", "workers")
+
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How to prepare. Precomputed latents take `encoders` and `shard_mib` alone.
+    """How to prepare. Precomputed latents take `encoders` and `shard_mib` alone, and refuse the others.
 
     Attributes:
       encoders: audio features to compute; those of every encoder that the model has, where empty.
@@ -91,6 +95,8 @@ class PrepareSettings:
             raise UserError(f"the latents are stored as posterior or sample, not {self.latents}")
         if self.dtype not in DTYPES:
             raise UserError(f"the dtype is fp32 or bf16, not {self.dtype}")
+        if self.seed < 0:
+            raise UserError(f"the seed is 0 or more, not {self.seed}")
         if self.workers < 0:
             raise UserError(f"the number of workers is 0 or more, not {self.workers}")
         if self.shard_mib < 1:
@@ -144,7 +150,7 @@ def prepare(
 
     Args:
       source: a folder of videos (searched with its subfolders), a video, a `.txt` file that lists videos, a
-        list of paths, or the reference's own folders with precomputed latents.
+        list of videos and folders, or the reference's own folders with precomputed latents.
       output: folder of the dataset.
       model: a model directory, for its VAE and audio encoders; precomputed latents need none.
 
@@ -164,17 +170,17 @@ def prepare(
         raise UserError("prepare needs a model directory, for its VAE and audio encoders")
     else:
         maker = _FromVideos(clips, settings, model)
-    if (output / MANIFEST).is_file():
+    if os.path.isfile(output / MANIFEST):  # Not Path.is_file, which fails in a folder without permission.
         return _complete_already(output, maker.stored, clips)
-    work = Work(output, maker.stored, settings.shard_mib * MIB)
-    if work.planned:
-        return _finish(*work.plan(clips), work, phases)
-    done, skipped = _make_parts(clips, maker, work, phases)
-    if not done:
-        work.discard()
-        raise UserError(f"none of the {len(clips)} clips can be used; the first: {skipped[0][1]}")
-    work.decide(done, skipped)
-    return _finish(done, skipped, work, phases)
+    with open_work(output, maker.stored, settings.shard_mib * MIB) as work:
+        if work.planned:
+            return _finish(*work.plan(clips), work, phases)
+        done, skipped = _make_parts(clips, maker, work, phases)
+        if not done:
+            work.discard()
+            raise UserError(f"none of the {len(clips)} clips can be used; the first: {skipped[0][1]}")
+        work.decide(done, skipped)
+        return _finish(done, skipped, work, phases)
 
 
 def check(dataset: str | Path, show_progress: bool = False) -> Dataset:
@@ -258,7 +264,8 @@ class _FromVideos:
         for task, faces in cut_all(tasks, self.settings.workers):
             try:
                 yield task.clip, faces if isinstance(faces, str) else self._part(task, faces, work)
-            except Exception as error:
+            except (UserError, av.error.FFmpegError) as error:
+                # What the device or the disk does is not the clip's fault: that ends the run.
                 yield task.clip, reason_of(error, task.clip)
             finally:
                 task.crops.unlink(missing_ok=True)
@@ -303,6 +310,14 @@ class _FromPrecomputed:
             raise UserError(
                 "precomputed features have no shifted voices; leave --pitch out, or prepare from the videos"
             )
+        default = PrepareSettings()
+        for name in _OF_VIDEOS:
+            if getattr(settings, name) != getattr(default, name):
+                raise UserError(
+                    f"precomputed latents take no --{name.replace('_', '-')}; leave it out, or prepare from "
+                    "the videos"
+                )
+        clips = [clip for clip in clips if has_latents(clip)]
         vae = VAEConfig() if model is None else model.config.vae
         self._scale = vae.scale_factor
         kinds = settings.encoders or tuple(

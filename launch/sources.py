@@ -30,7 +30,8 @@ class Clip:
 
     Attributes:
       name: path below the source, without suffix; unique.
-      path: what it is made from, `source` the same below the source: a video, or precomputed latents.
+      path: what it is made from, `source` the same below the source: a video, or precomputed latents (where
+        these are missing, another file of the clip).
       landmarks: a `.npy` file of this clip.
       video: the frames that belong to precomputed latents.
       embeddings: precomputed audio features.
@@ -52,7 +53,16 @@ class Clip:
 
 def is_reference_layout(source: Path | Sequence[Path]) -> bool:
     """Whether a folder holds latents that the reference's scripts computed."""
-    return isinstance(source, Path) and source.is_dir() and any(source.rglob(f"*{LATENTS}"))
+    return (
+        isinstance(source, Path)
+        and source.is_dir()
+        and any(path.name.endswith(LATENTS) for path in _files(source))
+    )
+
+
+def has_latents(clip: Clip) -> bool:
+    """Whether a clip of the reference's layout has its latents; it cannot be used without."""
+    return clip.path.name.endswith(LATENTS)
 
 
 def find_clips(source: Path | Sequence[Path]) -> list[Clip]:
@@ -60,19 +70,19 @@ def find_clips(source: Path | Sequence[Path]) -> list[Clip]:
 
     Args:
       source: a folder, which is searched with its subfolders; a video; a `.txt` file with a path a line
-        (relative to that file); or paths of videos.
+        (relative to that file); or several videos and folders.
 
     Raises:
-      UserError: there is no video, or a path does not exist.
+      UserError: there is no video, a path does not exist, or one of several folders holds latents.
     """
     if is_reference_layout(source):
         assert isinstance(source, Path)
         return _reference_clips(source)
     if isinstance(source, Path) and source.is_dir():
-        paths = [path for path in _files(source) if path.suffix.lower() in VIDEO_SUFFIXES]
-        base = source
+        paths, base = _videos_below(source), source
     else:
-        paths = _listed(source) if isinstance(source, Path) else list(source)
+        listed = _listed(source) if isinstance(source, Path) else source
+        paths = [video for path in listed for video in (_videos_below(path) if path.is_dir() else [path])]
         base = Path(os.path.commonpath([path.absolute().parent for path in paths])) if paths else Path()
         paths = list(dict.fromkeys(path.absolute() for path in paths))
     if not paths:
@@ -106,6 +116,15 @@ def _listed(path: Path) -> list[Path]:
     return [path.parent / line.strip() for line in lines if line.strip()]
 
 
+def _videos_below(folder: Path) -> list[Path]:
+    if is_reference_layout(folder):
+        raise UserError(f"{folder}: holds precomputed latents; give this one folder alone")
+    paths = [path for path in _files(folder) if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not paths:
+        raise UserError(f"{folder}: holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    return paths
+
+
 def _files(folder: Path) -> Iterable[Path]:
     """All files below a folder, hidden ones and those in hidden folders aside."""
     for path in folder.rglob("*"):
@@ -115,27 +134,28 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _reference_clips(source: Path) -> list[Clip]:
-    """Clips by their latents; their other files have the same path below another top folder."""
+    """Clips by the files' path below a top folder, those without latents included."""
     endings = [LATENTS, *EMBEDDINGS.values(), ".npy", *sorted(VIDEO_SUFFIXES)]
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(_files(source)):
-        ending = next((e for e in endings if path.name.endswith(e)), None)
+        relative = path.relative_to(source).with_suffix(path.suffix.lower())
+        ending = next((e for e in endings if relative.name.endswith(e)), None)
         if ending is not None:
-            parts = path.relative_to(source).parts
+            parts = relative.parts
             parts = parts[1:] if parts[0] in REFERENCE_FOLDERS and len(parts) > 1 else parts
             key = "/".join(parts).removesuffix(ending)
             found.setdefault(key, {})["video" if ending in VIDEO_SUFFIXES else ending] = path
     clips = [
         Clip(
             name,
-            files[LATENTS],
-            files[LATENTS].relative_to(source).as_posix(),
+            path,
+            path.relative_to(source).as_posix(),
             files.get(".npy"),
             files.get("video"),
             tuple((kind, files[ending]) for kind, ending in EMBEDDINGS.items() if ending in files),
         )
         for name, files in found.items()
-        if LATENTS in files
+        for path in [files.get(LATENTS) or files.get("video") or next(iter(files.values()))]
     ]
     return sorted(clips, key=lambda clip: _natural(clip.name))
 

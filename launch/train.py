@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, required=True, metavar="FILE", help="configs/*.py; --config.x.y=v overrides"
     )
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="of the run; an interrupted one goes on")
+    parser.add_argument("--workdir", metavar="DIR", help="of the run; an interrupted one goes on")
     parser.add_argument("--dry-run", action="store_true", help="print what the run takes, and stop")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="of the dry run (default 1)")
+    parser.add_argument("--devices", type=int, metavar="N", help="of the dry run (default 1)")
     parser.add_argument(
         "--multihost", action="store_true", help="join the other hosts, as the cluster's environment says"
     )
@@ -47,16 +47,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.dry_run:
         from keysync_jax.train.plan import dry_run
 
-        print(dry_run(config, arguments.devices).table())
+        print(dry_run(config, 1 if arguments.devices is None else arguments.devices).table())
         return 0
-    if arguments.workdir is None:
-        raise UserError("--workdir is missing: the folder of the run")
+    if arguments.devices is not None:
+        raise UserError("--devices goes with --dry-run; a run takes all devices that are here")
+    workdir = _local_folder(arguments.workdir)
     join_hosts(arguments.multihost, arguments.coordinator, arguments.processes, arguments.process)
     from keysync_jax.train.loop import train
 
-    outcome = train(config, arguments.workdir)
+    outcome = train(config, workdir)
     if outcome.signal is None:
-        print(f"{arguments.workdir}: step {outcome.step} of {config.steps}; keysync export makes it a model")
+        print(f"{workdir}: step {outcome.step} of {config.steps}; keysync export makes it a model")
         return 0
     print(
         f"keysync: stopped at step {outcome.step} of {config.steps}, which is saved; "
@@ -64,6 +65,14 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return 128 + outcome.signal
+
+
+def _local_folder(workdir: str | None) -> Path:
+    if workdir is None:
+        raise UserError("--workdir is missing: the folder of the run")
+    if "://" in workdir:
+        raise UserError(f"--workdir {workdir}: a run is kept in a local or mounted folder, not behind a URL")
+    return Path(workdir)
 
 
 def join_hosts(multihost: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:

@@ -1,13 +1,20 @@
-"""Places of the test data, and the reasons for which a test is skipped."""
+"""Places of the test data, the reasons for which a test is skipped, and a store of compiled programs."""
 
+import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from keysync_jax.convert.checkpoint import Checkpoints, convert
 from tests.tiny_model import HEAD_DIM, write_checkpoints
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Most of the tests' time is compiling: processes, and commands that tests start, share what they compiled.
+COMPILED = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+jax.config.update("jax_compilation_cache_dir", COMPILED)
 
 
 @pytest.fixture(scope="session")

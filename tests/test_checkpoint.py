@@ -170,6 +170,14 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["10"]
 
 
+def test_reading_leaves_a_save_under_way_alone(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    (tmp_path / "20.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
+        assert checkpoints.restore_weights(average=False)[0] == 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "20.orbax-checkpoint-tmp"]
+
+
 def test_weights_alone(tmp_path: Path) -> None:
     write(tmp_path / "a", 10)
     with Checkpoints(tmp_path / "a", CheckpointConfig()) as checkpoints:

@@ -154,10 +154,29 @@ def test_vae_encoder_equals_diffusers(vae_pair: tuple[Any, Any, Any]) -> None:
 @pytest.mark.parametrize("frames", [1, 3])
 def test_vae_decoder_equals_diffusers(vae_pair: tuple[Any, Any, Any], frames: int) -> None:
     theirs, graphdef, params = vae_pair
+    seen: dict[str, Any] = {}
+    hooks = [
+        part.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+        for name, part in theirs.named_modules()
+    ]
     z = np.random.default_rng(3).standard_normal((2, frames, 8, 8, 4)).astype(np.float32)
     stacked = torch.tensor(np.moveaxis(z, -1, 2).reshape(-1, 4, 8, 8))
     with torch.no_grad():
         wanted = theirs.decode(stacked, num_frames=frames).sample
-    ours = jax.jit(lambda p: bind(graphdef, p).decode(z * 0.18215))(params)
+    for hook in hooks:
+        hook.remove()
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        record: dict[str, Any] = {}
+        return bind(graphdef, params).decode(z * 0.18215, record), record
+
+    ours, record = run(params)
     ours = np.moveaxis(np.asarray(ours), -1, 2).reshape(-1, 3, 32, 32)
     assert relative(ours, wanted) < 1e-4
+    # The middle block's parts are in other places there, and its last convolution keeps T apart.
+    named = {k: v for k, v in record.items() if k in seen and k != "decoder.time_conv_out"}
+    assert len(named) >= 12
+    for name, inner in named.items():
+        inner = np.moveaxis(np.asarray(inner), -1, 2)
+        assert relative(inner.reshape(seen[name].shape), seen[name]) < 1e-4, name

@@ -25,6 +25,7 @@ from keysync_jax.pipeline import generate
 from keysync_jax.pipeline.dub import DubReport, DubSettings, dub
 from keysync_jax.pipeline.generate import Features, check_features
 from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.workspace import Workspace
 from tests.clips import face_landmarks, write_video, write_voice
 
 FRAMES = 30
@@ -335,3 +336,44 @@ def test_a_full_disk_is_noticed_before_anything_is_mapped(
     assert main(command) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "voice.wav"])
+def test_an_input_is_not_overwritten(clip: Path, tiny_model: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(clip, tmp_path / "inputs"))
+    (folder / "voice.wav").rename(folder / "voice.mp4")
+    output = folder / name.replace(".wav", ".mp4")
+    before = output.read_bytes()
+    with pytest.raises(UserError, match="it is an input"):
+        dub(folder / "video.mp4", folder / "voice.mp4", output, tiny_model, settings(clip))
+    assert output.read_bytes() == before
+
+
+def test_two_runs_do_not_share_a_workspace(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out.mp4", {"seed": 1}) as first:
+        with pytest.raises(UserError, match=r"out.mp4: another run is making it now"):
+            Workspace(tmp_path / "out.mp4", {"seed": 1})
+        first.array("rows", (3, 2)).append(np.ones((2, 2)))
+    with Workspace(tmp_path / "out.mp4", {"seed": 1}) as again:
+        assert again.resumed
+        assert again.array("rows", (3, 2)).done == 2
+        again.remove()
+    assert not list(tmp_path.iterdir())
+    with Workspace(tmp_path / "out.mp4", {"seed": 2}) as other:
+        assert not other.resumed
+
+
+def test_the_identity_frame_is_the_first_with_a_face(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    landmarks = face_landmarks(FRAMES)
+    landmarks[:14] = np.nan
+    np.save(tmp_path / "late.npy", landmarks)
+    seen = []
+    run = generate.keyframes
+    monkeypatch.setattr(
+        dub_module, "keyframes", lambda net, clip, *a: seen.append(clip) or run(net, clip, *a)
+    )
+    late = settings(clip, landmarks=str(tmp_path / "late.npy"))
+    dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, late)
+    assert seen[0].identity == 14

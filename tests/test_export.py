@@ -72,6 +72,14 @@ def test_a_run_becomes_a_model(tiny_model: Path, sizes: ModelConfig, tmp_path: P
         assert same(tensors(tmp_path / "model", component), tensors(tiny_model, component))
 
 
+def test_a_run_that_is_saving_is_left_alone(tiny_model: Path, sizes: ModelConfig, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", tiny_model, sizes, "keyframe", 0.5)
+    under_way = tmp_path / "run/checkpoints/8.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    export([tmp_path / "run"], tmp_path / "model", tiny_model)
+    assert under_way.is_dir()
+
+
 def test_both_runs_and_their_averages(tiny_model: Path, sizes: ModelConfig, tmp_path: Path) -> None:
     write_run(tmp_path / "a", tiny_model, sizes, "keyframe", 0.5)
     between = dataclasses.replace(sizes.interpolation, audio_encoder="hubert")

@@ -170,6 +170,11 @@ def test_unknown_detector() -> None:
         make_detector("dlib")
 
 
+def test_face_alignment_takes_no_model_file() -> None:
+    with pytest.raises(UserError, match=r"model\.task: the face_alignment detector takes no model file"):
+        make_detector("face_alignment", Path("model.task"))
+
+
 @pytest.fixture
 def fake_face_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A stand-in for the package with its 1.5 interface, whose network returns what `faces` holds."""

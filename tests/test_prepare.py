@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import av
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ from keysync_jax.model import Model, Network, open_model
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.latents import encode_frames
 from keysync_jax.tensorfile import sha256_of, write_tensors
-from keysync_jax.train.records import Dataset, audio_name, decode_frame
+from keysync_jax.train.records import Dataset, Settings, audio_name, decode_frame
 from tests.clips import face_landmarks, write_video, write_voice
 
 FRAMES = {"a2": 20, "a10": 31, "sub/b": 16}
@@ -293,6 +294,75 @@ def test_a_full_disk_is_not_a_bad_clip(
         prepare(good, tmp_path / "dataset", model)
 
 
+def test_a_device_that_fails_is_not_a_bad_clip(
+    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(prepare_module, "audio_features", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        prepare(good / "a2.mp4", tmp_path / "dataset", model)
+    assert not list((tmp_path / "dataset/.work/crops").iterdir())
+
+
+def test_a_second_run_on_the_same_output_is_refused(
+    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, refused = tmp_path / "dataset", []
+    decide = parts_module.Work.decide
+
+    def meet_a_second(work: Any, *decided: Any) -> None:
+        with pytest.raises(UserError, match="another run is preparing this dataset") as second:
+            prepare(good / "a2.mp4", output, model)
+        refused.append(second)
+        decide(work, *decided)
+
+    monkeypatch.setattr(parts_module.Work, "decide", meet_a_second)
+    assert prepare(good / "a2.mp4", output, model).done == 1
+    assert len(refused) == 1
+    assert [path.name for path in sorted(output.iterdir())] == [
+        "manifest.json",
+        "report.json",
+        "shard-00000.arrayrecord",
+    ]
+
+
+def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    settings = Settings(16, 8, "posterior", True, None, {}, "files")
+    program = (
+        "import fcntl, os, signal, sys\n"
+        "fcntl.flock(open(sys.argv[1], 'wb'), fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+        "signal.pause()"
+    )
+    lock = tmp_path / "dataset/.work/lock"
+    lock.parent.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with (
+            pytest.raises(UserError, match="another run"),
+            parts_module.open_work(tmp_path / "dataset", settings, 1),
+        ):
+            pass
+        other.kill()
+    with parts_module.open_work(tmp_path / "dataset", settings, 1) as work:
+        assert work.crops.is_dir()
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "open"])
+def test_an_output_that_cannot_be_written(
+    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(parts_module.Path, operation, fail)
+    with pytest.raises(UserError, match=r"out: cannot be written \(Permission denied\)"):
+        prepare(good / "a2.mp4", tmp_path / "out", model)
+
+
 def test_a_stored_sample_is_drawn_from_the_posterior(
     good: Path, prepared_good: Path, model: Model, tmp_path: Path
 ) -> None:
@@ -461,6 +531,42 @@ def test_the_references_folders_are_taken_as_they_are(tmp_path: Path) -> None:
         assert np.abs(stored - np.stack(pixels)).mean() < 2
 
 
+def test_clips_without_latents_are_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "reference"
+    write_reference_layout(folder, {"c1": 20, "c2": 20})
+    (folder / "videos/c2_video_512_latent.safetensors").unlink()
+    write_video(folder / "raw/a.mp4", 20)
+    (folder / "raw/a.mp4").rename(folder / "raw/a.MP4")
+    (folder / "audios/c4_wavlm_emb.safetensors").write_bytes(b"")
+    report = prepare(folder, tmp_path / "dataset")
+    assert report.done == 1
+    reasons = dict(report.skipped)
+    assert list(reasons) == ["videos/c2.mp4", "audios/c4_wavlm_emb.safetensors", "raw/a.MP4"]
+    assert all("has no latents" in reason for reason in reasons.values())
+    assert set(Dataset(tmp_path / "dataset").settings.encoders) == {"hubert"}
+    assert prepare(folder, tmp_path / "dataset") == report
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"landmarks": "face_alignment"}, "--landmarks"),
+        ({"landmark_model": Path("model.task")}, "--landmark-model"),
+        ({"allow_download": True}, "--allow-download"),
+        ({"latents": "sample"}, "--latents"),
+        ({"seed": 1}, "--seed"),
+        ({"dtype": "bf16"}, "--dtype"),
+        ({"workers": 2}, "--workers"),
+    ],
+)
+def test_precomputed_latents_refuse_settings_of_videos(
+    tmp_path: Path, changes: dict[str, Any], flag: str
+) -> None:
+    (tmp_path / "c1_video_512_latent.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=f"precomputed latents take no {flag}; leave it out"):
+        prepare(tmp_path, tmp_path / "dataset", settings=PrepareSettings(**changes))
+
+
 def test_the_references_features_cannot_be_shifted(tmp_path: Path) -> None:
     write_reference_layout(tmp_path / "reference", {"c1": 20})
     with pytest.raises(UserError, match="have no shifted voices"):
@@ -487,12 +593,27 @@ def test_lists_of_videos(good: Path, tmp_path: Path) -> None:
     assert [clip.name for clip in find_clips(tmp_path)] == ["x.mov", "x.mp4"]
 
 
+def test_several_folders_and_videos(tmp_path: Path) -> None:
+    for name in ("one/a.mp4", "two/deep/a.mp4", "two/.hidden/b.mp4", "c.mp4", "latents/x.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    given = [tmp_path / "one", tmp_path / "two", tmp_path / "c.mp4", tmp_path / "one/a.mp4"]
+    assert [clip.name for clip in find_clips(given)] == ["c", "one/a", "two/deep/a"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no video"):
+        find_clips([*given, tmp_path / "empty"])
+    (tmp_path / "latents/x_video_512_latent.safetensors").touch()
+    with pytest.raises(UserError, match="holds precomputed latents; give this one folder alone"):
+        find_clips([*given, tmp_path / "latents"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"landmarks": "eyes"}, "there is no landmark detector eyes"),
         ({"latents": "mean"}, "stored as posterior or sample, not mean"),
         ({"dtype": "fp16"}, "the dtype is fp32 or bf16, not fp16"),
+        ({"seed": -1}, "the seed is 0 or more, not -1"),
         ({"workers": -1}, "the number of workers is 0 or more"),
         ({"shard_mib": 0}, "at least 1 MiB"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from keysync_jax.errors import UserError
 from keysync_jax.train.config import LossConfig
 from keysync_jax.train.records import (
     Dataset,
+    EncoderInfo,
     RecordReader,
     RecordWriter,
+    check_alike,
     check_fits,
     decode_frame,
     decode_record,
@@ -183,6 +186,31 @@ def test_another_stage_is_refused(folder: Path, changes: dict[str, str], message
 def test_another_model_is_refused(folder: Path, file: str) -> None:
     with pytest.raises(UserError, match=f"prepared with another {file}"):
         check_fits(Dataset(folder), train_config(), {file: "d" * 64})
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"vae": "d" * 64}, "vae.safetensors"),
+        ({"encoders": {"hubert": EncoderInfo(6, "d" * 64)}}, "audio_hubert.safetensors"),
+    ],
+)
+def test_datasets_of_different_models_are_refused(tmp_path: Path, changes: dict[str, Any], file: str) -> None:
+    unknown = dataclasses.replace(SETTINGS, vae=None, encoders={"hubert": EncoderInfo(6, None)})
+    other = dataclasses.replace(SETTINGS, **changes)
+    a, b, c = (
+        write_dataset(tmp_path / n, [2], s) for n, s in zip("abc", (unknown, SETTINGS, other), strict=True)
+    )
+    check_alike([a, b, b], "hubert")
+    check_alike([a, c], "hubert")
+    with pytest.raises(UserError, match=f"/b and .*/c: were prepared with different {file}"):
+        check_alike([a, b, c], "hubert")
+
+
+def test_another_encoder_of_another_kind_does_not_matter(tmp_path: Path) -> None:
+    encoders = {**SETTINGS.encoders, "hubert": EncoderInfo(6, "d" * 64)}
+    other = dataclasses.replace(SETTINGS, encoders=encoders)
+    check_alike([write_dataset(tmp_path / "a", [2]), write_dataset(tmp_path / "b", [2], other)], "wavlm")
 
 
 def test_the_pixel_loss_needs_pixels(tmp_path: Path) -> None:

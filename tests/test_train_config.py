@@ -1,9 +1,11 @@
 """Configs, their overrides, the config that a run keeps, and the dry run."""
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +13,9 @@ from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.launch.train import add_arguments, load_config, run, split_overrides
 from keysync_jax.train.checkpoint import read_config, settle_config
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import MeshConfig, TrainConfig
 from keysync_jax.train.plan import dry_run
+from keysync_jax.train.sharding import make_mesh
 
 NAMES = ("keyframe", "interpolation", "keyframe_tiny", "interpolation_tiny")
 
@@ -85,6 +88,42 @@ def test_an_override_that_cannot_be_is_refused(override: str, sentence: str) -> 
     assert sentence in str(error.value)
 
 
+LEAST = {
+    1: ("steps", "batch_size", "checkpoint.every", "checkpoint.keep", "log.every", "optimizer.accumulate"),
+    0: ("seed", "optimizer.warmup", "checkpoint.keep_every", "log.preview_every", "data.workers"),
+}
+
+
+@pytest.mark.parametrize(("least", "name"), [(n, name) for n, names in LEAST.items() for name in names])
+def test_a_number_that_is_too_small_is_refused(least: int, name: str) -> None:
+    load(f"{name}={least}")
+    with pytest.raises(UserError, match=f"^{name} must be {least} or more, not {least - 1}"):
+        load(f"{name}={least - 1}")
+
+
+@pytest.mark.parametrize("name", ["data.flip", "data.pitch", "loss.drop_audio", "loss.drop_reference"])
+def test_a_probability_is_from_0_to_1(name: str) -> None:
+    for value in ("0", "1"):
+        load(f"{name}={value}")
+    for value in ("-0.1", "1.1", "nan"):
+        with pytest.raises(UserError, match=f"^{name} is a probability, from 0 to 1, not {value}"):
+            load(f"{name}={value}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "sentence"),
+    [
+        ("loss.p_std", ("0", "-1", "nan"), "must be above 0"),
+        ("optimizer.learning_rate", ("0", "-1", "nan"), "must be above 0"),
+        ("optimizer.ema", ("-0.1", "1", "nan"), "must be 0 or more and below 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(name: str, values: tuple[str, ...], sentence: str) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name} {sentence}, not {value}"):
+            load(f"{name}={value}")
+
+
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such config file"):
         load_config(tmp_path / "configs/keyframe.py")
@@ -96,11 +135,15 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
     settle_config(tmp_path / "run", load("seed=3"))
+    (tmp_path / "run/checkpoints/10").mkdir(parents=True)
     assert read_config(tmp_path / "run") == load("seed=3")
     later = load("seed=3", "steps=99", "log.every=7", "checkpoint.keep=9", "mesh.fsdp=2", "data.workers=2")
+    init = dataclasses.replace(later.init, kind="svd", path="moved")
+    later = dataclasses.replace(later, init=init)
     settle_config(tmp_path / "run", later)
     assert read_config(tmp_path / "run") == later
-    for change in ("seed=4", "batch_size=4", "data.flip=0.5", "stage.unet.head_dim=32"):
+    changes = ("seed=4", "batch_size=4", "data.flip=0.5", "stage.unet.head_dim=32")
+    for change in (*changes, "init.vae=a", "init.lpips_trunk=a", "init.lpips_heads=a"):
         name, _, _ = change.partition("=")
         with pytest.raises(UserError, match=rf"was started with {name} = "):
             settle_config(tmp_path / "run", load("seed=3", change) if name != "seed" else load(change))
@@ -109,6 +152,17 @@ def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
         settle_config(tmp_path / "run", later)
     with pytest.raises(UserError, match="not the folder of a training run"):
         read_config(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_takes_other_settings(tmp_path: Path) -> None:
+    settle_config(tmp_path, load("batch_size=2"))
+    (tmp_path / "checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
+    settle_config(tmp_path, load("batch_size=4"))
+    assert read_config(tmp_path) == load("batch_size=4")
+    # A folder of something else keeps its config.
+    (tmp_path / "config.json").write_text('{"format": "keysync-1"}')
+    with pytest.raises(UserError, match="not the config of a training run"):
+        settle_config(tmp_path, load())
 
 
 def test_the_effective_config_is_json(tmp_path: Path) -> None:
@@ -141,6 +195,23 @@ def test_dry_run_of_a_mesh_that_does_not_fit() -> None:
         dry_run(load(), devices=8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks a device for."""
+
+    process_index: int
+    id: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_a_mesh_is_in_process_order() -> None:
+    places = [(1, 3), (0, 2), (1, 1), (0, 0)]
+    devices: list[Any] = [Device(*place) for place in places]
+    grid = make_mesh(MeshConfig(2, 2), 4, devices).devices
+    assert [(d.process_index, d.id) for d in grid.flat] == [(0, 0), (0, 2), (1, 1), (1, 3)]
+
+
 def test_the_command_prints_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -149,6 +220,12 @@ def test_the_command_prints_the_dry_run(capsys: pytest.CaptureFixture[str]) -> N
     assert overrides == ["--config.batch_size=8"]
     assert run(parser.parse_args(rest), overrides) == 0
     assert "data 8 x fsdp 1 = 8 devices, 8 clips a step" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--devices goes with --dry-run"):
+        run(parser.parse_args([*rest[:2], "--workdir", "x", "--devices", "1"]), overrides)
+    with pytest.raises(
+        UserError, match="--workdir gs://bucket/run: a run is kept in a local or mounted folder"
+    ):
+        run(parser.parse_args([*rest[:2], "--workdir", "gs://bucket/run"]), overrides)
     with pytest.raises(UserError, match="--workdir is missing"):
         run(parser.parse_args(rest[:2]), overrides)
     with pytest.raises(UserError, match="go together"):

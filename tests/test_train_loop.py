@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,9 +17,17 @@ import numpy as np
 import pytest
 
 from keysync_jax.errors import UserError
-from keysync_jax.train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from keysync_jax.train import loop
+from keysync_jax.train.config import (
+    CheckpointConfig,
+    InitConfig,
+    InitKind,
+    LogConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from keysync_jax.train.logs import animated_png
-from keysync_jax.train.loop import Outcome, train
+from keysync_jax.train.loop import Outcome, open_datasets, train
 from tests.smallest_config import smallest
 from tests.synthetic_dataset import CROP, write_dataset
 
@@ -218,3 +227,33 @@ def test_what_does_not_fit_is_refused(config: TrainConfig, dataset: Path, tmp_pa
     refused(dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=3)), r"mesh.data=3")
     (tmp_path / "file").write_text("")
     refused(config, "cannot be written", tmp_path / "file/run")
+
+
+@pytest.mark.parametrize(("kind", "encoder"), [("svd", "v"), ("keysync", "s")])
+def test_data_of_another_model_is_refused(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: InitKind, encoder: str
+) -> None:
+    def hashes(folder: str) -> SimpleNamespace:
+        letter = Path(folder).name[0]
+        return SimpleNamespace(hashes={f"{n}.safetensors": letter * 64 for n in ("vae", "audio_hubert")})
+
+    def opened(name: str, vae: str, audio: str) -> None:
+        data = write_dataset(tmp_path / name, vae=vae * 64, audio=audio * 64)
+        open_datasets(dataclasses.replace(with_data(config, data), init=init))
+
+    monkeypatch.setattr(loop, "open_model", hashes)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/vae.safetensors").touch()
+    init = InitConfig(kind, str(tmp_path / "stage"), str(tmp_path / "vae"))
+    opened("same", "v", encoder)
+    with pytest.raises(UserError, match=r"was prepared with another vae.safetensors than the model"):
+        opened("vae_of_another", "x", encoder)
+    with pytest.raises(UserError, match=r"was prepared with another audio_hubert.safetensors than the model"):
+        opened("encoder_of_another", "v", "x")
+
+
+def test_datasets_of_a_run_must_be_alike(config: TrainConfig, tmp_path: Path) -> None:
+    paths = tuple(str(write_dataset(tmp_path / n, vae=n * 64)) for n in "ab")
+    both = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=paths))
+    with pytest.raises(UserError, match=r"/a and .*/b: were prepared with different vae.safetensors"):
+        open_datasets(both)

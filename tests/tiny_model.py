@@ -99,3 +99,18 @@ def write_checkpoints(folder: Path, golden: Path) -> Checkpoints:
             "interpolation": AudioSource("wavlm", write_wavlm(folder / "wavlm.pt")),
         },
     )
+
+
+def main() -> None:
+    """Writes the tiny model directory that docs/training.md starts from."""
+    import sys
+    import tempfile
+
+    from keysync_jax.convert.checkpoint import convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        convert(write_checkpoints(Path(folder), Path(__file__).parent / "golden"), sys.argv[1], HEAD_DIM)
+
+
+if __name__ == "__main__":
+    main()

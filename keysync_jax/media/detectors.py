@@ -36,11 +36,14 @@ SEARCH_SIDE = 3.0
 def make_detector(name: str, model: Path | None = None, allow_download: bool = False) -> Detector:
     """Make the detector `name`, one of `DETECTORS`; `model` is a Face Landmarker file for "mediapipe".
 
-    Raises UserError if its package is not installed or its weights are neither here nor may be fetched.
+    Raises UserError if its package is not installed, its weights are neither here nor may be fetched, or it
+    takes no `model`.
     """
     if name == "mediapipe":
         return MediaPipeDetector(resolve_asset("face_landmarker", model, allow_download))
     if name == "face_alignment":
+        if model is not None:
+            raise UserError(f"{model}: the face_alignment detector takes no model file; leave it out")
         return FaceAlignmentDetector(allow_download)
     raise UserError(f"there is no landmark detector {name}; choose one of {', '.join(DETECTORS)}")
 

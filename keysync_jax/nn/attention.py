@@ -3,9 +3,11 @@
 | where | tokens | kernel |
 |---|---|---|
 | GPU, bf16 or fp16 | 1024 and more | cuDNN flash attention |
-| elsewhere | scores above `MAX_SCORE_BYTES` | XLA, a few rows of the batch at a time |
+| elsewhere | scores above `MAX_SCORE_BYTES` | XLA, a block of the queries at a time |
 | everywhere | the rest | XLA |
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ LONG = 1024
 """Tokens from which a fused kernel pays."""
 
 MAX_SCORE_BYTES = 256 * 2**20
-"""Scores (fp32) that XLA may hold at once; above it the batch is walked in pieces."""
+"""Scores (fp32) that a device may hold at once; above it the queries are walked in blocks."""
 
 
 def attention(query: Array, key: Array, value: Array) -> Array:
@@ -31,18 +33,24 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     """
     if _flash(query, key):
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    block = _queries_at_once(query, key)
+    if block == query.shape[1]:
+        return _xla(query, key, value)
+    # The queries, not the batch: a batch may lie on several devices, and must stay there.
+    blocks = query.reshape(query.shape[0], -1, block, *query.shape[2:]).swapaxes(0, 1)
+    # A block's scores are computed again in the backward pass, never kept.
+    out = jax.lax.map(jax.checkpoint(lambda q: _xla(q, key, value)), blocks)
+    return out.swapaxes(0, 1).reshape(query.shape)
+
+
+_xla = partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+def _queries_at_once(query: Array, key: Array) -> int:
+    """The largest divisor of N whose scores fit; the batch is taken to be split over all devices."""
     batch, n, heads, _ = query.shape
-    rows = MAX_SCORE_BYTES // (4 * heads * n * key.shape[1])
-    if rows < batch:
-        return jax.lax.map(_row, (query, key, value), batch_size=max(rows, 1))
-    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
-
-
-@jax.checkpoint
-def _row(qkv: tuple[Array, Array, Array]) -> Array:
-    """One row of the batch; its scores are computed again in the backward pass, never kept."""
-    q, k, v = (x[None] for x in qkv)
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")[0]
+    most = MAX_SCORE_BYTES * jax.device_count() // (4 * batch * heads * key.shape[1])
+    return max(size for size in range(1, n + 1) if n % size == 0 and size <= max(most, 1))
 
 
 def _flash(query: Array, key: Array) -> bool:

@@ -13,6 +13,9 @@ from keysync_jax.typing import Array
 KeyValue = tuple[Array, Array]
 """Keys and values of an attention layer, `[B, M, heads, D]` each."""
 
+Record = dict[str, Array]
+"""Named intermediates of a call, filled where the caller gives an empty one."""
+
 # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
 GroupNorm = partial(nnx.GroupNorm, use_fast_variance=False)
 LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)

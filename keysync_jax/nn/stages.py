@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from keysync_jax.config import Remat, StageConfig
-from keysync_jax.nn.unet import Record, UNet
+from keysync_jax.nn.layers import Record
+from keysync_jax.nn.unet import UNet
 from keysync_jax.typing import Array
 
 

@@ -16,6 +16,7 @@ from keysync_jax.nn.layers import (
     Downsample,
     GroupNorm,
     KeyValue,
+    Record,
     TimestepEmbedding,
     Upsample,
     sinusoid,
@@ -25,9 +26,6 @@ from keysync_jax.typing import Array
 
 BlockContext = list[tuple[KeyValue, KeyValue]]
 """Keys and values of every transformer of a block, in order; empty where it has none."""
-
-Record = dict[str, Array]
-"""Named intermediates of a call, filled where the caller gives an empty one."""
 
 
 class Block(nnx.Module):

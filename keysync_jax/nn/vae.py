@@ -3,6 +3,7 @@
 Parts carry the names of diffusers' `AutoencoderKLTemporalDecoder`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 from keysync_jax.config import Remat, VAEConfig
 from keysync_jax.nn.blocks import ResnetBlock, SpatioTemporalResBlock
-from keysync_jax.nn.layers import Attention, Conv2d, ConvTime, GroupNorm, Upsample
+from keysync_jax.nn.layers import Attention, Conv2d, ConvTime, GroupNorm, Record, Upsample
 from keysync_jax.nn.remat import recomputed
 from keysync_jax.typing import Array
 
@@ -53,18 +54,20 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(dim, config.norm_groups, epsilon=EPSILON, **common)
         self.conv_out = Conv2d(dim, 2 * config.latent_channels, **common)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, record: Record | None = None) -> Array:
         """`[N, H, W, 3]` -> `[N, h, w, 2 C]`."""
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            for resnet in block.resnets:
-                x = resnet(x)
+        noted = _noted("encoder", record)
+        x = noted("conv_in", self.conv_in(x))
+        for i, block in enumerate(self.down_blocks):
+            for j, resnet in enumerate(block.resnets):
+                x = noted(f"down_blocks.{i}.resnets.{j}", resnet(x))
             if block.downsamplers is not None:
-                x = block.downsamplers[0](x)
-        x = self.mid_block.resnets[0](x)
-        x = self.mid_block.attentions[0](x)
-        x = self.mid_block.resnets[1](x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+                x = noted(f"down_blocks.{i}.downsamplers.0", block.downsamplers[0](x))
+        x = noted("mid_block.resnets.0", self.mid_block.resnets[0](x))
+        x = noted("mid_block.attentions.0", self.mid_block.attentions[0](x))
+        x = noted("mid_block.resnets.1", self.mid_block.resnets[1](x))
+        x = noted("conv_norm_out", self.conv_norm_out(x))
+        return noted("conv_out", self.conv_out(nnx.silu(x)))
 
 
 class TemporalDecoder(nnx.Module):
@@ -97,9 +100,10 @@ class TemporalDecoder(nnx.Module):
         self.conv_out = Conv2d(dim, 3, **common)
         self.time_conv_out = ConvTime(3, 3, **common)
 
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Array, record: Record | None = None) -> Array:
         """`[B, T, h, w, C]` -> `[B, T, H, W, 3]`. How many frames come together changes the result."""
         b, t = z.shape[:2]
+        noted = _noted("decoder", record)
 
         def framewise(part: Any, x: Array) -> Array:
             y = part(x.reshape(b * t, *x.shape[2:]))
@@ -108,17 +112,18 @@ class TemporalDecoder(nnx.Module):
         def run(resnet: SpatioTemporalResBlock, x: Array) -> Array:
             return resnet(x) if self.remat == "none" else recomputed(lambda part, x: part(x), resnet)(x)
 
-        x = framewise(self.conv_in, z)
-        x = run(self.mid_block.resnets[0], x)
-        x = framewise(self.mid_block.attentions[0], x)
-        x = run(self.mid_block.resnets[1], x)
-        for block in self.up_blocks:
-            for resnet in block.resnets:
-                x = run(resnet, x)
+        x = noted("conv_in", framewise(self.conv_in, z))
+        x = noted("mid_block.resnets.0", run(self.mid_block.resnets[0], x))
+        x = noted("mid_block.attentions.0", framewise(self.mid_block.attentions[0], x))
+        x = noted("mid_block.resnets.1", run(self.mid_block.resnets[1], x))
+        for i, block in enumerate(self.up_blocks):
+            for j, resnet in enumerate(block.resnets):
+                x = noted(f"up_blocks.{i}.resnets.{j}", run(resnet, x))
             if block.upsamplers is not None:
-                x = framewise(block.upsamplers[0], x)
-        x = framewise(self.conv_out, nnx.silu(framewise(self.conv_norm_out, x)))
-        return self.time_conv_out(x.reshape(b, t, -1, 3)).reshape(x.shape)
+                x = noted(f"up_blocks.{i}.upsamplers.0", framewise(block.upsamplers[0], x))
+        x = noted("conv_norm_out", framewise(self.conv_norm_out, x))
+        x = noted("conv_out", framewise(self.conv_out, nnx.silu(x)))
+        return noted("time_conv_out", self.time_conv_out(x.reshape(b, t, -1, 3)).reshape(x.shape))
 
 
 class VAE(nnx.Module):
@@ -137,32 +142,34 @@ class VAE(nnx.Module):
         self.quant_conv = Conv2d(moments, moments, 1, dtype=dtype, rngs=rngs) if config.quant_conv else None
         self.decoder = TemporalDecoder(config, dtype=dtype, remat=remat, rngs=rngs)
 
-    def encode(self, frames: Array) -> Posterior:
+    def encode(self, frames: Array, record: Record | None = None) -> Posterior:
         """The posterior of frames.
 
         Args:
           frames: `[N, H, W, 3]` in [-1, 1].
+          record: is filled with named intermediates of the encoder, `[N, H, W, C]` each.
 
         Returns:
           Raw moments, `[N, H / factor, W / factor, C]` fp32.
         """
-        moments = self.encoder(frames.astype(self.dtype))
+        moments = self.encoder(frames.astype(self.dtype), record)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
-    def decode(self, latents: Array) -> Array:
+    def decode(self, latents: Array, record: Record | None = None) -> Array:
         """Frames of scaled latents, decoded together.
 
         Args:
           latents: `[B, T, h, w, C]`, scaled. The reference decodes one frame at a time (T = 1).
+          record: is filled with named intermediates of the decoder, `[B, T, H, W, C]` each.
 
         Returns:
           `[B, T, H, W, 3]` fp32, about [-1, 1], not clipped.
         """
         raw = latents / self.config.scale_factor
-        return self.decoder(raw.astype(self.dtype)).astype(jnp.float32)
+        return self.decoder(raw.astype(self.dtype), record).astype(jnp.float32)
 
 
 class DownsampleRightBottom(nnx.Module):
@@ -186,6 +193,17 @@ class SpatialAttention(Attention):
         """`[N, H, W, C]` -> same."""
         n, h, w, c = x.shape
         return x + super().__call__(self.group_norm(x).reshape(n, h * w, c)).reshape(x.shape)
+
+
+def _noted(prefix: str, record: Record | None) -> Callable[[str, Array], Array]:
+    """Writes an intermediate into the record, where there is one, and passes it on."""
+
+    def noted(name: str, x: Array) -> Array:
+        if record is not None:
+            record[f"{prefix}.{name}"] = x
+        return x
+
+    return noted
 
 
 class _Level(nnx.Module):

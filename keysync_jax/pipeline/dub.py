@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from keysync_jax.config import StageKind
-from keysync_jax.diffusion.guidance import Separated
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.media.audio import frames_of, read_audio
@@ -33,7 +32,8 @@ from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
 from keysync_jax.pipeline.latents import decode_latents, encode_frames
 from keysync_jax.pipeline.phases import Advance, Phases
-from keysync_jax.pipeline.windows import Plan, make_plan, merge_windows, padded_length
+from keysync_jax.pipeline.sampling import guidance_of
+from keysync_jax.pipeline.windows import FRAMES, Plan, make_plan, merge_windows, padded_length
 from keysync_jax.pipeline.workspace import ResumableArray, Workspace
 from keysync_jax.tensorfile import sha256_of
 
@@ -67,6 +67,8 @@ class DubSettings:
             raise UserError(f"the dtype is fp32 or bf16, not {self.dtype}")
         if not 0 <= self.quality <= 51:
             raise UserError(f"the quality is 0 (lossless) to 51, not {self.quality}")
+        if self.landmark_model is not None and self.landmarks != "mediapipe":
+            raise UserError(f"a landmark model is MediaPipe's; landmarks={self.landmarks} takes none")
         if self.windows_per_call < 1:
             raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
 
@@ -163,23 +165,35 @@ def dub(
     settings, video, voice, output = settings or DubSettings(), Path(video), Path(voice), Path(output)
     phases = Phases(show=show_progress)
     check_writable(output)
+    for source_file in (video, voice):
+        if output.resolve() == source_file.resolve():
+            raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
     source = _probe(video, voice)
     model = model if isinstance(model, Model) else _open(Path(model), phases)
+    if model.config.keyframe.frames != FRAMES:
+        raise UserError(
+            f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"
+        )
     sampling = Sampling(
-        Separated(model.config.guidance.audio, model.config.guidance.identity),
+        guidance_of(model.config.guidance),
         align_your_steps(model.config.steps if settings.steps is None else settings.steps),
         settings.seed,
         settings.windows_per_call,
         model.config.vae.scale_factor,
     )
-    work = Workspace(output, _fingerprint(source, model, settings, sampling))
-    try:
-        geometry = _geometry(source, model, settings, work, phases)
-    except UserError:
-        work.remove()  # no later run could use it
-        raise
-    report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
-    work.remove()
+    # On accelerators fp32 products are rounded to fewer bits unless told otherwise.
+    precision = "highest" if settings.compute_dtype == "fp32" else None
+    with (
+        Workspace(output, _fingerprint(source, model, settings, sampling)) as work,
+        jax.default_matmul_precision(precision),
+    ):
+        try:
+            geometry = _geometry(source, model, settings, work, phases)
+        except UserError:
+            work.remove()  # no later run could use it
+            raise
+        report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
+        work.remove()
     return report
 
 
@@ -257,7 +271,9 @@ class _Run:
     phases: Phases
 
     def to(self, output: Path) -> DubReport:
-        clip = Clip(self._encode().values, self.geometry.masks, self.source.shown)
+        # The reference takes frame 0, which may be a title or a fade; it is the same where it has a face.
+        identity = int(np.argmax(self.geometry.present))
+        clip = Clip(self._encode().values, self.geometry.masks, self.source.shown, identity)
         features = self._listen()
         keys = self._keyframes(clip, features)
         windows = self._interpolate(clip, features, keys.values)

@@ -37,11 +37,13 @@ class Clip:
       latents: scaled `[N, s, s, 4]` fp32 of the source's frames.
       masks: `[N, s, s]` uint8, 1 = generate.
       source: frame of the source that each of the plan's frames shows.
+      identity: frame of the source that shows who it is: the first that has a face.
     """
 
     latents: np.ndarray
     masks: np.ndarray
     source: np.ndarray
+    identity: int = 0
 
     def window(self, frames: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Latents `[T, s, s, 4]` and masks `[T, s, s, 1]` of the plan's frames."""
@@ -91,15 +93,13 @@ def keyframes(
 ) -> Iterator[np.ndarray]:
     """Latents of the keyframes, call by call.
 
-    The identity frame z_id is the clip's frame 0.
-
     Args:
       first_call: calls that an earlier run has done.
 
     Yields:
       The keyframes of each call that has any, `[n, s, s, 4]` scaled, anchors and padding dropped.
     """
-    identity = clip.latents[clip.source[0]] / np.float32(sampling.scale_factor)
+    identity = clip.latents[clip.identity] / np.float32(sampling.scale_factor)
 
     def inputs(call: int) -> Windows:
         frames = list(plan.keyframe_calls[call].source)

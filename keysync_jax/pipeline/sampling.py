@@ -6,11 +6,27 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from keysync_jax.config import GuidanceConfig
 from keysync_jax.diffusion import precond
-from keysync_jax.diffusion.guidance import Guidance, combine, keep, repeat
+from keysync_jax.diffusion.guidance import (
+    ClassifierFree,
+    Guidance,
+    Separated,
+    Unguided,
+    combine,
+    keep,
+    repeat,
+)
 from keysync_jax.diffusion.sampler import sample
 from keysync_jax.nn.functional import bind
 from keysync_jax.typing import Array, Params
+
+
+def guidance_of(config: GuidanceConfig) -> Guidance:
+    """The guidance that a config names."""
+    if config.kind == "separated":
+        return Separated(config.audio, config.identity)
+    return ClassifierFree(config.scale) if config.kind == "cfg" else Unguided()
 
 
 class Windows(NamedTuple):

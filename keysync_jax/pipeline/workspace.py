@@ -4,19 +4,22 @@ A workspace is a hidden folder beside the output. It is bound to a fingerprint o
 settings: a run with others starts from nothing. It is removed when the output is complete.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import numpy as np
 
+from keysync_jax.errors import UserError
+
 
 class Workspace:
-    """The folder of one run.
+    """The folder of one run; one run at a time may have it.
 
     Args:
       output: the file that the run makes.
@@ -25,6 +28,7 @@ class Workspace:
 
     def __init__(self, output: Path, inputs: dict[str, Any]):
         self.folder = output.with_name(f".{output.name}.work")
+        self._lock = _locked(output)
         fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         mark = self.folder / "fingerprint"
         self.resumed = mark.is_file() and mark.read_text() == fingerprint
@@ -38,7 +42,30 @@ class Workspace:
         return ResumableArray(self.folder / f"{name}.npy", shape, dtype)
 
     def remove(self) -> None:
+        """Removes everything that is kept."""
         shutil.rmtree(self.folder)
+        _lock_path(self.folder).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()  # what is kept stays for a later run
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _locked(output: Path) -> IO[str]:
+    """An open lock file that the system releases when the process ends, however it ends."""
+    file = open(_lock_path(output.with_name(f".{output.name}.work")), "w")  # noqa: SIM115  # held for the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{output}: another run is making it now") from None
+    return file
 
 
 class ResumableArray:

@@ -27,7 +27,7 @@ from keysync_jax.train.step import TrainState
 
 FORMAT = "keysync-run-1"
 
-MAY_CHANGE = ("steps", "log", "checkpoint", "mesh", "data.workers", "init")
+MAY_CHANGE = ("steps", "log", "checkpoint", "mesh", "guidance", "data.workers", "init.kind", "init.path")
 """Settings that an interrupted run may go on with in another value; none changes what a step computes."""
 
 _PARTIAL_SUFFIX = ".orbax-checkpoint-tmp"
@@ -43,16 +43,19 @@ class Checkpoints:
     Args:
       folder: of the checkpoints; made where it is not there.
       config: how many are kept.
+      read_only: nothing will be saved. What looks like the rest of an interrupted save is left alone, it may
+        be a save under way in another process.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    def __init__(self, folder: Path, config: CheckpointConfig, read_only: bool = False):
         policies = ocp.training.preservation_policies
-        keep: list[Any] = [policies.LatestN(max(1, config.keep))]
+        keep: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
         # Its tracebacks come a second time as exceptions, which are told in a sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = Path(folder).absolute()
+        self._read_only = read_only
         self._remove_partial()
         try:
             self._checkpointer = ocp.training.Checkpointer(
@@ -66,7 +69,7 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the last complete checkpoint."""
-        return max(self._steps(), default=None)
+        return max(saved_steps(self.folder), default=None)
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts saving a checkpoint; a step that is there already is left as it is.
@@ -75,7 +78,7 @@ class Checkpoints:
           UserError: this save or the one before it failed; the last complete checkpoint stays.
         """
         self.wait()
-        if step in self._steps():
+        if step in saved_steps(self.folder):
             return
         try:
             response = self._checkpointer.save_async(step, _as_tree(state), force=True)
@@ -154,13 +157,9 @@ class Checkpoints:
 
     def _remove_partial(self) -> None:
         """Gives back the room of a save that did not end; one whose writers are still busy goes next time."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._read_only:
             for partial in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
                 shutil.rmtree(partial, ignore_errors=True)
-
-    def _steps(self) -> list[int]:
-        """Complete checkpoints as the disk has them; Orbax's own list runs ahead of a failed save."""
-        return [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
 
     def _latest_or_raise(self) -> int:
         step = self.latest
@@ -189,7 +188,7 @@ class Checkpoints:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception) -> UserError:
-        others = [s for s in self._steps() if s != step]
+        others = [s for s in saved_steps(self.folder) if s != step]
         instead = f"go on from step {max(others)}" if others else "start anew"
         return UserError(
             f"{self.folder / str(step)}: this checkpoint is damaged or of another network "
@@ -204,15 +203,23 @@ class Checkpoints:
         )
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints on disk; Orbax's own list runs ahead of a failed save."""
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+
+
 def settle_config(workdir: Path, config: TrainConfig) -> None:
-    """Stores the effective config with the run; an interrupted run must go on with the same one.
+    """Stores the effective config with the run; a run that has a checkpoint must go on with the same one.
 
     Raises:
-      UserError: a setting that changes what a step computes is another one than the run was started with.
+      UserError: a setting that changes what a step computes is another one than the run was started with, or
+        the `config.json` in the folder is not that of a run.
     """
     path = workdir / "config.json"
     if path.exists():
-        _check_equal(workdir, read_config(workdir), config)
+        started = read_config(workdir)
+        if saved_steps(workdir / "checkpoints"):
+            _check_equal(workdir, started, config)
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ The defaults are the paper's (table 7) where it says, else the release's trainin
 from dataclasses import dataclass, field
 from typing import Literal
 
-from keysync_jax.config import EncoderKind, MaskKind, Remat, StageConfig, VAEConfig
+from keysync_jax.config import EncoderKind, GuidanceConfig, MaskKind, Remat, StageConfig, VAEConfig
 from keysync_jax.errors import UserError
 
 PixelLoss = Literal["none", "l2", "l1", "lpips"]
@@ -19,6 +19,24 @@ FROZEN = (
     r"\.time_pos_embed\.",
 )
 """All temporal layers: what the release freezes by the name `time_` except `time_embed`."""
+
+
+def _at_least(least: int, values: dict[str, int]) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"{name} must be {least} or more, not {value}")
+
+
+def _above_zero(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{name} must be above 0, not {value:g}")
+
+
+def _probabilities(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is a probability, from 0 to 1, not {value:g}")
 
 
 @dataclass(frozen=True)
@@ -73,8 +91,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.paths):
             raise UserError(f"data.weights has {len(self.weights)} entries for {len(self.paths)} data.paths")
-        if not 0 <= self.pitch <= 1:
-            raise UserError(f"data.pitch is a probability, from 0 to 1, not {self.pitch:g}")
+        _probabilities({"data.flip": self.flip, "data.pitch": self.pitch})
+        _at_least(0, {"data.workers": self.workers})
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,10 @@ class LossConfig:
     drop_reference: float = 0.1
     pixel: PixelLoss = "l2"
     pixel_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _above_zero({"loss.p_std": self.p_std})
+        _probabilities({"loss.drop_audio": self.drop_audio, "loss.drop_reference": self.drop_reference})
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,13 @@ class OptimizerConfig:
     accumulate: int = 1
     ema: float = 0.0
     frozen: tuple[str, ...] = FROZEN
+
+    def __post_init__(self) -> None:
+        _above_zero({"optimizer.learning_rate": self.learning_rate})
+        _at_least(0, {"optimizer.warmup": self.warmup})
+        _at_least(1, {"optimizer.accumulate": self.accumulate})
+        if not 0 <= self.ema < 1:
+            raise UserError(f"optimizer.ema must be 0 or more and below 1, not {self.ema:g}")
 
 
 @dataclass(frozen=True)
@@ -148,6 +177,10 @@ class CheckpointConfig:
     keep: int = 3
     keep_every: int = 10_000
 
+    def __post_init__(self) -> None:
+        _at_least(1, {"checkpoint.every": self.every, "checkpoint.keep": self.keep})
+        _at_least(0, {"checkpoint.keep_every": self.keep_every})
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -156,14 +189,21 @@ class LogConfig:
     Attributes:
       every: steps between lines of metrics.
       preview_every: steps between preview videos; 0: none.
-      preview_clip: number of the clip, of the first dataset, that previews show.
+      preview_data: dataset folder of the clip that previews show, one that is not trained on; the first
+        of `data.paths` where empty.
+      preview_clip: number of that clip.
       wandb: send metrics to Weights & Biases too, where it is installed.
     """
 
     every: int = 50
     preview_every: int = 0
+    preview_data: str = ""
     preview_clip: int = 0
     wandb: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, {"log.every": self.every})
+        _at_least(0, {"log.preview_every": self.preview_every})
 
 
 @dataclass(frozen=True)
@@ -171,6 +211,7 @@ class TrainConfig:
     """One run.
 
     Attributes:
+      guidance: of previews, and of the model that the run is exported to.
       batch_size: clips of a step, over all devices and hosts.
       dtype: of the computation; master weights are fp32.
       remat: what the backward pass computes again instead of keeping it.
@@ -185,11 +226,16 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = field(default_factory=LogConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     batch_size: int = 32
     steps: int = 60_000
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "bf16"
     remat: Remat = "block"
+
+    def __post_init__(self) -> None:
+        _at_least(1, {"batch_size": self.batch_size, "steps": self.steps})
+        _at_least(0, {"seed": self.seed})
 
     @property
     def audio_encoder(self) -> EncoderKind:

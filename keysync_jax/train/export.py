@@ -84,6 +84,9 @@ def _model_config(rest: Model, configs: Mapping[StageKind, tuple[Path, TrainConf
         masks.add(rest.config.mask)
     if len(masks) != 1:
         raise UserError(f"the two stages were trained with different masks ({', '.join(sorted(masks))})")
+    guidances = {config.guidance for _, config in configs.values()}
+    if len(guidances) != 1:
+        raise UserError("the two runs have different settings of guidance; a model has one")
     used = {s.audio_encoder for s in stages.values()}
     for kind in used - rest.config.encoders.keys():
         raise UserError(f"{rest.folder}: has no {kind} encoder, whose features a stage was trained on")
@@ -93,6 +96,7 @@ def _model_config(rest: Model, configs: Mapping[StageKind, tuple[Path, TrainConf
         interpolation=stages["interpolation"],
         encoders={kind: e for kind, e in rest.config.encoders.items() if kind in used},
         mask=masks.pop(),
+        guidance=guidances.pop(),
     )
 
 
@@ -109,7 +113,7 @@ def _check_fits_base(folder: Path, config: TrainConfig, rest: Model) -> None:
 def _weights(folder: Path, config: TrainConfig, average: bool) -> tuple[int, Tensors]:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: the run has no checkpoint yet")
-    with Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints:
+    with Checkpoints(folder / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         return checkpoints.restore_weights(average)
 
 

@@ -24,7 +24,7 @@ from keysync_jax.train.data import make_loader
 from keysync_jax.train.flops import device_peak, step_flops
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.preview import Preview
-from keysync_jax.train.records import Dataset, check_fits
+from keysync_jax.train.records import Dataset, check_alike, check_fits
 from keysync_jax.train.sharding import (
     Run,
     jit_step,
@@ -70,7 +70,9 @@ def train(config: TrainConfig, workdir: str | Path, show: bool = True) -> Outcom
     mesh = make_mesh(config.mesh, config.batch_size)
     datasets = open_datasets(config)
     vae = load_vae(config) if config.loss.pixel != "none" or config.log.preview_every else None
-    preview = Preview(config, datasets[0], vae) if config.log.preview_every and vae is not None else None
+    preview = None
+    if config.log.preview_every and vae is not None:
+        preview = Preview(config, _preview_dataset(config, datasets), vae)
     settle_config(workdir, config)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
@@ -87,25 +89,37 @@ def train(config: TrainConfig, workdir: str | Path, show: bool = True) -> Outcom
 
 
 def open_datasets(config: TrainConfig) -> list[Dataset]:
-    """The run's datasets, each checked to fit the config and the model that the run starts from."""
+    """The run's datasets, checked to fit the config, the model that the run starts from, and each other."""
     if not config.data.paths:
         raise UserError("data.paths is empty: give --config.data.paths=DATASET, made by keysync prepare")
     hashes = _model_hashes(config)
     datasets = [Dataset(path) for path in config.data.paths]
     for dataset in datasets:
         check_fits(dataset, config, hashes)
+    check_alike(datasets, config.audio_encoder)
     return datasets
 
 
 def _model_hashes(config: TrainConfig) -> dict[str, str]:
-    """SHA-256 by file name of the encoders and the VAE that the run starts from, where they are known."""
+    """SHA-256 by file name of the encoders and the VAE that the run starts from, where they are known.
+
+    The VAE is that of `init.vae`; the encoders are those of the stage's model, else of the VAE's.
+    """
     hashes: dict[str, str] = {}
-    if config.init.kind == "keysync" and config.init.path:
-        hashes |= open_model(config.init.path).hashes
-    hashes.pop("vae.safetensors", None)
     if config.init.vae and (Path(config.init.vae) / "vae.safetensors").is_file():
-        hashes["vae.safetensors"] = open_model(config.init.vae).hashes["vae.safetensors"]
+        hashes |= open_model(config.init.vae).hashes
+    if config.init.kind == "keysync" and config.init.path:
+        stage = open_model(config.init.path).hashes
+        hashes |= {file: sha256 for file, sha256 in stage.items() if file != "vae.safetensors"}
     return hashes
+
+
+def _preview_dataset(config: TrainConfig, datasets: list[Dataset]) -> Dataset:
+    if not config.log.preview_data:
+        return datasets[0]
+    dataset = Dataset(config.log.preview_data)
+    check_fits(dataset, config, _model_hashes(config))
+    return dataset
 
 
 class _Session:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.flops import batch_shapes, step_flops
@@ -83,6 +84,8 @@ def dry_run(config: TrainConfig, devices: int = 1) -> Plan:
     Raises:
       UserError: the mesh does not fit the devices or the batch, or the config cannot be trained.
     """
+    if devices < 1:
+        raise UserError(f"a dry run is for 1 device or more, not {devices}")
     # Shardings ask a mesh for its sizes alone, so one device can stand for all.
     mesh = make_mesh(config.mesh, config.batch_size, [jax.devices("cpu")[0]] * devices)
     graphdef, params = shapes(make_stage(config))

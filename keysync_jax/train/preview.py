@@ -8,12 +8,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from keysync_jax.diffusion.guidance import Separated
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
 from keysync_jax.pipeline.latents import decode_latents
-from keysync_jax.pipeline.sampling import Windows, sample_windows
+from keysync_jax.pipeline.sampling import Windows, guidance_of, sample_windows
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.data import latent_masks, starts, stride_of
 from keysync_jax.train.records import Dataset, Record, audio_name, decode_frame
@@ -27,7 +26,7 @@ class Preview:
     """The clip that previews show; the noise is the same every time, so that they can be compared.
 
     Args:
-      dataset: the first one of the run; `config.log.preview_clip` is a number into its clips.
+      dataset: the one that `config.log.preview_data` names; `preview_clip` is a number into its clips.
       vae: for decoding (host arrays).
 
     Raises:
@@ -67,7 +66,8 @@ class Preview:
         """Samples the clip, scaled latents `[T, h, w, 4]`; every process of the run must call it."""
         trained = state.params if state.ema is None else state.ema
         sigmas = jnp.asarray(align_your_steps(), jnp.float32)
-        sampled = sample_windows(graphdef, {**trained, **state.frozen}, self._windows, Separated(), sigmas)
+        guidance = guidance_of(self.config.guidance)
+        sampled = sample_windows(graphdef, {**trained, **state.frozen}, self._windows, guidance, sigmas)
         whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(sampled)
         return np.asarray(whole)[0]
 

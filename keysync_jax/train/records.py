@@ -410,9 +410,8 @@ def check_fits(dataset: Dataset, config: TrainConfig, hashes: Mapping[str, str] 
     for what, (found_size, wanted) in sizes.items():
         if found_size != wanted:
             raise UserError(f"{folder}: holds {what} {found_size}, the config asks for {wanted}")
-    known = {"vae.safetensors": settings.vae, f"audio_{stage.audio_encoder}.safetensors": encoder.sha256}
-    for file, sha256 in known.items():
-        if sha256 is not None and hashes and hashes.get(file, sha256) != sha256:
+    for file, sha256 in _prepared_with(dataset, stage.audio_encoder).items():
+        if hashes and hashes.get(file, sha256) != sha256:
             raise UserError(f"{folder}: was prepared with another {file} than the model of this run has")
     if config.loss.pixel != "none" and not settings.frames:
         raise UserError(f"{folder}: has no pixels, which the pixel loss needs; set loss.pixel=none")
@@ -421,3 +420,27 @@ def check_fits(dataset: Dataset, config: TrainConfig, hashes: Mapping[str, str] 
             f"{folder}: has no pitch-shifted voices, which data.pitch needs; prepare it anew with --pitch or "
             "set data.pitch=0"
         )
+
+
+def check_alike(datasets: Sequence[Dataset], kind: EncoderKind) -> None:
+    """Refuses datasets that were prepared with different VAEs or different encoders of this kind.
+
+    Raises:
+      UserError: two of them were; a hash that is not known is not compared.
+    """
+    first: dict[str, tuple[Path, str]] = {}
+    for dataset in datasets:
+        for file, sha256 in _prepared_with(dataset, kind).items():
+            folder, wanted = first.setdefault(file, (dataset.folder, sha256))
+            if sha256 != wanted:
+                raise UserError(
+                    f"{folder} and {dataset.folder}: were prepared with different {file}; "
+                    "prepare them with the same model"
+                )
+
+
+def _prepared_with(dataset: Dataset, kind: EncoderKind) -> dict[str, str]:
+    """SHA-256 by file name of the VAE and the encoder of this kind, where the dataset knows them."""
+    settings = dataset.settings
+    files = {"vae.safetensors": settings.vae, f"audio_{kind}.safetensors": settings.encoders[kind].sha256}
+    return {file: sha256 for file, sha256 in files.items() if sha256 is not None}

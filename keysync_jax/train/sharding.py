@@ -40,6 +40,7 @@ def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device]
       UserError: the sizes do not give the number of devices, or do not divide the batch.
     """
     devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     data, fsdp = _sizes(config, len(devices))
     if batch_size % len(devices):
         raise UserError(

@@ -158,6 +158,11 @@ def _torch_default(path: str, wanted: dict[str, tuple[int, ...]], rng: np.random
 def _vae_weights(config: TrainConfig) -> tuple[VAEConfig, Weights]:
     """The VAE's sizes and weights; its quant convolution is as the checkpoint has it."""
     if not config.init.vae:
+        if config.init.kind != "none":
+            raise UserError(
+                "init.vae is empty: the pixel loss and the previews need the VAE's weights; "
+                "give --config.init.vae=PATH, or set loss.pixel=none"
+            )
         rng = np.random.default_rng(config.seed)
         wanted = vae_shapes(config).params
         return config.vae, {p: _random(p, leaf.shape, rng) for p, leaf in wanted.items()}
