@@ -332,7 +332,8 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     settings = Settings(16, 8, "posterior", True, None, {}, "files")
     program = (
         "import fcntl, os, signal, sys\n"
-        "fcntl.flock(open(sys.argv[1], 'wb'), fcntl.LOCK_EX)\n"
+        "lock = open(sys.argv[1], 'wb')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
         "print('locked', flush=True)\n"
         "signal.pause()"
     )
@@ -341,12 +342,11 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
-        with (
-            pytest.raises(UserError, match="another run"),
-            parts_module.open_work(tmp_path / "dataset", settings, 1),
-        ):
-            pass
-        other.kill()
+        try:
+            with pytest.raises(UserError, match="another run"):
+                parts_module.open_work(tmp_path / "dataset", settings, 1).__enter__()
+        finally:
+            other.kill()
     with parts_module.open_work(tmp_path / "dataset", settings, 1) as work:
         assert work.crops.is_dir()
 
@@ -535,8 +535,8 @@ def test_clips_without_latents_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "reference"
     write_reference_layout(folder, {"c1": 20, "c2": 20})
     (folder / "videos/c2_video_512_latent.safetensors").unlink()
-    write_video(folder / "raw/a.mp4", 20)
-    (folder / "raw/a.mp4").rename(folder / "raw/a.MP4")
+    (folder / "raw").mkdir()
+    (folder / "raw/a.MP4").touch()
     (folder / "audios/c4_wavlm_emb.safetensors").write_bytes(b"")
     report = prepare(folder, tmp_path / "dataset")
     assert report.done == 1
