@@ -157,11 +157,17 @@ def save_model(
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuses a folder that exists, or cannot be made."""
+    """Refuses a folder that exists, or cannot be made; makes the folders above it.
+
+    Raises:
+      UserError: one of these.
+    """
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a name for a new folder")
-    if not folder.parent.is_dir():
-        raise UserError(f"{folder}: the folder {folder.parent} does not exist")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder {folder.parent} cannot be made ({error.strerror})") from None
     if not os.access(folder.parent, os.W_OK):
         raise UserError(f"{folder}: the folder {folder.parent} is not writable")
 

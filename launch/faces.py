@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -135,8 +136,8 @@ def _landmarks(task: Task) -> np.ndarray:
         timeline = scan_timeline(clip.path)
         return load_landmarks(clip.landmarks, len(timeline), timeline)
     # A detector follows one face, so each clip gets its own.
-    detector = make_detector(task.detector, task.detector_model)
-    return detect_all(read_frames(clip.path), detector)
+    with closing(make_detector(task.detector, task.detector_model)) as detector:
+        return detect_all(read_frames(clip.path), detector)
 
 
 def read_crops(path: Path) -> Iterator[np.ndarray]:

@@ -98,8 +98,6 @@ def _make_folder(output: Path) -> None:
         return
     if output.exists() and (not output.is_dir() or set(output.iterdir()) - {output / FOLDER}):
         raise UserError(f"{output}: exists already and is no dataset; give a name for a new folder")
-    if not output.parent.is_dir():
-        raise UserError(f"{output}: the folder {output.parent} does not exist")
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
 
 

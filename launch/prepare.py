@@ -239,7 +239,7 @@ class _FromVideos:
         )
         if any(clip.landmarks is None for clip in clips):
             # Every clip would be skipped for the same reason otherwise; and it is fetched only once.
-            make_detector(settings.landmarks, settings.landmark_model, settings.allow_download)
+            make_detector(settings.landmarks, settings.landmark_model, settings.allow_download).close()
 
     @cached_property
     def _vae(self) -> Network:

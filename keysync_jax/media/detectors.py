@@ -77,6 +77,10 @@ class MediaPipeDetector:
             raise UserError(f"{model} is not a Face Landmarker model that this MediaPipe can load") from error
         self._last: np.ndarray | None = None
 
+    def close(self) -> None:
+        """Free the model. Left to the interpreter's end, MediaPipe prints an error of its own."""
+        self._landmarker.close()
+
     def detect(self, frame: np.ndarray) -> np.ndarray | None:
         """Return float32 `[68, 2]` in pixels for a uint8 RGB frame `[H, W, 3]`, or None without a face."""
         found = None if self._last is None else self._follow(frame, self._last)
@@ -172,6 +176,9 @@ class FaceAlignmentDetector:
             flip_input=False,
             **({"compile": False} if compiles else {}),
         )
+
+    def close(self) -> None:
+        """Nothing is held that needs closing."""
 
     def detect(self, frame: np.ndarray) -> np.ndarray | None:
         """Return float32 `[68, 2]` in pixels for a uint8 RGB frame `[H, W, 3]`, or None without a face."""

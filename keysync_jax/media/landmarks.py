@@ -28,6 +28,10 @@ class Detector(Protocol):
         """Return float32 `[68, 2]` in pixels for a uint8 RGB frame `[H, W, 3]`, or None without a face."""
         ...
 
+    def close(self) -> None:
+        """Free what the detector holds; it is not used afterwards."""
+        ...
+
 
 def load_landmarks(path: Path, frames: int, source: Timeline | None = None) -> np.ndarray:
     """Read landmarks from a `.npy` file as float32 `[frames, 68, 2]`.

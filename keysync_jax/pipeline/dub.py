@@ -5,6 +5,7 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -251,8 +252,9 @@ def _geometry(
 def _landmarks(source: Source, settings: DubSettings, advance: Advance) -> np.ndarray:
     """Landmarks of every used frame, NaN without a face: from a file or by a detector."""
     if settings.landmarks in DETECTORS:
-        detector = make_detector(settings.landmarks, settings.landmark_model, settings.allow_download)
-        return detect_all(islice(read_frames(source.video), source.used), detector, advance)
+        chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
+        with closing(make_detector(*chosen)) as detector:
+            return detect_all(islice(read_frames(source.video), source.used), detector, advance)
     found = load_landmarks(Path(settings.landmarks), len(source.timeline), source.timeline)
     advance(source.used)
     return found[: source.used]
