@@ -635,8 +635,9 @@ def test_arguments_that_cannot_be_used(good: Path, model: Model, tmp_path: Path)
         prepare(good, tmp_path / "out", model, PrepareSettings(encoders=("wav2vec2",)))
     with pytest.raises(UserError, match="exists already and is no dataset"):
         prepare(good, good, model)
-    with pytest.raises(UserError, match="does not exist"):
-        prepare(good, tmp_path / "no/out", model)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/out: cannot be written"):
+        prepare(good, tmp_path / "file/out", model)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.mp4").write_bytes(b"x")
     np.save(tmp_path / "bad/x.npy", face_landmarks(20))
