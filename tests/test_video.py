@@ -18,7 +18,7 @@ from keysync_jax.media import playback
 from keysync_jax.media.audio import read_audio
 from keysync_jax.media.playback import pingpong_frames, read_range
 from keysync_jax.media.timeline import nearest_items, source_index
-from keysync_jax.media.video import Colour, count_frames, probe_video, read_frames, scan_timeline
+from keysync_jax.media.video import ROUNDING, Colour, count_frames, probe_video, read_frames, scan_timeline
 from keysync_jax.media.writer import VideoWriter, check_writable
 
 HEIGHT, WIDTH, BITS = 48, 64, 8
@@ -62,6 +62,9 @@ def write_clip(
             stream.set_display_rotation(rotation[0], hflip=rotation[1], vflip=rotation[2])
         for time, picture in zip(times, pictures, strict=True):
             frame = VideoFrame.from_ndarray(picture, "rgb24")
+            if "10" in pix_fmt:
+                # Without these flags swscale's conversion to ten bits differs from one call to the next.
+                frame = frame.reformat(format=pix_fmt, interpolation=ROUNDING)
             frame.pts, frame.time_base = round(time / base), base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
