@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keysync_jax.config import EncoderKind, MaskKind, ModelConfig, SpeechConfig, StageConfig, StageKind
+from keysync_jax.config import MaskKind, ModelConfig, SpeechConfig, SpeechKind, StageConfig, StageKind
 from keysync_jax.convert.containers import Container, Tensors, open_tensors
 from keysync_jax.convert.speech import (
     speech_config_from_microsoft,
@@ -23,7 +23,7 @@ from keysync_jax.model import Progress, check_new_folder, components, maker, sav
 from keysync_jax.nn.functional import shapes
 from keysync_jax.tensorfile import sha256_of
 
-RELEASED: dict[str, EncoderKind] = {"keyframe_dub.pt": "hubert", "interpolation_dub.pt": "wavlm"}
+RELEASED: dict[str, SpeechKind] = {"keyframe_dub.pt": "hubert", "interpolation_dub.pt": "wavlm"}
 """Files of the release and the encoder each was trained on, which nothing in them tells."""
 
 
@@ -31,19 +31,24 @@ RELEASED: dict[str, EncoderKind] = {"keyframe_dub.pt": "hubert", "interpolation_
 class AudioSource:
     """An audio encoder as the user names it: its kind and its checkpoint (file or folder)."""
 
-    kind: EncoderKind
+    kind: SpeechKind
     path: Path
 
     @classmethod
     def parse(cls, text: str) -> "AudioSource":
         """`"hubert=DIR"`."""
         kind, equals, path = text.partition("=")
-        if kind not in typing.get_args(EncoderKind) or not equals or not path:
-            kinds = ", ".join(typing.get_args(EncoderKind))
+        if kind == "logmel":
+            raise UserError(
+                f"{text!r} is in no PyTorch checkpoint: stages that take log-mel features are trained here; "
+                "name the encoder that this one was trained on"
+            )
+        if kind not in typing.get_args(SpeechKind) or not equals or not path:
+            kinds = ", ".join(typing.get_args(SpeechKind))
             raise UserError(
                 f"{text!r} does not name an audio encoder; write KIND=PATH with KIND one of {kinds}"
             )
-        return cls(typing.cast(EncoderKind, kind), Path(path))
+        return cls(typing.cast(SpeechKind, kind), Path(path))
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,9 @@ def _table(
         layout = engine_vae_table if is_engine_layout(tensors) else diffusers_vae_table
         return layout(config.vae, wanted)
     if component.startswith("audio_"):
-        return speech_table(config.encoders[component.removeprefix("audio_")], tensors.keys())
+        encoder = config.encoders[component.removeprefix("audio_")]
+        assert isinstance(encoder, SpeechConfig)
+        return speech_table(encoder, tensors.keys())
     return stage_table(config.keyframe if component == "keyframe" else config.interpolation, wanted)
 
 

@@ -6,6 +6,7 @@ unknown, missing or mistyped key and names the nearest one it knows.
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import types
 import typing
@@ -14,7 +15,8 @@ from typing import Any, Literal, TypeVar
 
 from keysync_jax.errors import UserError
 
-EncoderKind = Literal["hubert", "wav2vec2", "wavlm"]
+SpeechKind = Literal["hubert", "wav2vec2", "wavlm"]
+EncoderKind = Literal[SpeechKind, "logmel"]
 StageKind = Literal["keyframe", "interpolation"]
 MaskKind = Literal["box", "full", "heart", "mouth"]
 Remat = Literal["none", "block", "layer"]
@@ -128,7 +130,7 @@ class GuidanceConfig:
 
 @dataclass(frozen=True)
 class SpeechConfig:
-    """Sizes of one speech encoder, under transformers' names. Defaults: HuBERT-base.
+    """Sizes of one pretrained speech encoder, under transformers' names. Defaults: HuBERT-base.
 
     Attributes:
       kind: which encoder; WavLM alone has a relative position bias.
@@ -142,7 +144,7 @@ class SpeechConfig:
       layer_norm_eps: of every layer normalisation.
     """
 
-    kind: EncoderKind
+    kind: SpeechKind
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -189,6 +191,78 @@ class SpeechConfig:
         return max(0, (samples - self.receptive_field) // self.hop + 1)
 
 
+FFT_SPACING_HZ = 31.25
+"""From one frequency to the next of the spectra under log-mel: 512 samples at 16 kHz."""
+
+
+@dataclass(frozen=True)
+class LogMelConfig:
+    """The audio encoder without weights: log-mel spectra (`pipeline.log_mel`), for stages trained on them.
+
+    Attributes:
+      bands: mel bands of a vector; HTK's mel scale.
+      context: vectors on each side that are stacked onto a vector.
+      lowest_hz, highest_hz: outer edges of the first and the last band.
+      floor: power that is added before the logarithm. White noise has its variance as power in every band.
+      mean, std: of the log power of speech, about; vectors are (log power - mean) / std. Constants, not a
+        clip's own moments: silence stays recognisable as silence.
+    """
+
+    kind: Literal["logmel"] = "logmel"
+    bands: int = 32
+    context: int = 5
+    lowest_hz: float = 60.0
+    highest_hz: float = 7600.0
+    floor: float = 1e-8
+    mean: float = -10.0
+    std: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.bands < 1 or self.context < 0:
+            raise UserError(f"logmel: {self.bands} bands with a context of {self.context} are no vector")
+        if not 0 <= self.lowest_hz < self.highest_hz <= 8000:
+            raise UserError(
+                f"logmel: bands from {self.lowest_hz:g} to {self.highest_hz:g} Hz do not lie within 0 to 8000"
+            )
+        if not (self.floor > 0 and self.std > 0 and math.isfinite(self.mean)):
+            raise UserError("logmel: floor and std must be positive, and mean a number")
+        if self.edges_hz[2] - self.edges_hz[0] <= FFT_SPACING_HZ:
+            raise UserError(
+                f"logmel: {self.bands} bands are too many; the first would be narrower than the "
+                f"{FFT_SPACING_HZ} Hz that the spectrum resolves"
+            )
+
+    @property
+    def edges_hz(self) -> tuple[float, ...]:
+        """Edges of the bands, `bands` + 2; band b rises from edge b to b + 1 and falls to b + 2.
+
+        They are equally far apart on HTK's mel scale, 2595 log10(1 + f / 700).
+        """
+        lowest, highest = (math.log10(1 + f / 700) for f in (self.lowest_hz, self.highest_hz))
+        step = (highest - lowest) / (self.bands + 1)
+        return tuple(700 * (10 ** (lowest + i * step) - 1) for i in range(self.bands + 2))
+
+    @property
+    def hidden_size(self) -> int:
+        """D, width of an output vector."""
+        return self.bands * (2 * self.context + 1)
+
+    @property
+    def sha256(self) -> str:
+        """Stands for the SHA-256 of the file that this encoder does not have: that of its settings."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        numbers = {name: float(value) for name, value in settings.items() if name != "kind"}
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()
+
+
+EncoderConfig = SpeechConfig | LogMelConfig
+
+
+def encoder_name(kind: EncoderKind) -> str:
+    """Key in `Model.hashes` of what an audio encoder is: its file, or `audio_logmel` for its settings."""
+    return f"audio_{kind}" if kind == "logmel" else f"audio_{kind}.safetensors"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that a model directory's `config.json` says, the files' hashes apart.
@@ -205,7 +279,7 @@ class ModelConfig:
     keyframe: StageConfig
     interpolation: StageConfig
     vae: VAEConfig
-    encoders: dict[str, SpeechConfig]
+    encoders: dict[str, EncoderConfig]
     mask: MaskKind = "box"
     fps: int = 25
     guidance: GuidanceConfig = GuidanceConfig()
@@ -217,6 +291,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuses parts that do not fit each other."""
+        for name, encoder in self.encoders.items():
+            if encoder.kind != name:
+                raise UserError(f"the {name} encoder holds the settings of a {encoder.kind} encoder")
         for kind in typing.get_args(StageKind):
             stage = self.stage(kind)
             if stage.kind != kind:
@@ -304,13 +381,31 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {k: _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
+        if value is None and type(None) in args:
+            return None
+        return _value(_chosen(args, value, where), value, where)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     wanted = " or ".join(map(repr, args)) if origin is Literal else getattr(kind, "__name__", str(kind))
     raise UserError(f"{where}: {value!r} is not {wanted}")
+
+
+def _chosen(union: tuple[Any, ...], value: Any, where: str) -> Any:
+    """The member of a union that a value is read as: of several dataclasses, that of the value's `kind`."""
+    members = [member for member in union if member is not type(None)]
+    if len(members) == 1:
+        return members[0]
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {value!r} is not {' or '.join(member.__name__ for member in members)}")
+    if "kind" not in value:
+        raise UserError(f"{where}: key 'kind' is missing")
+    kinds = {kind: m for m in members for kind in typing.get_args(typing.get_type_hints(m)["kind"])}
+    if value["kind"] not in tuple(kinds):
+        known = " or ".join(map(repr, kinds))
+        raise UserError(f"{where}.kind: {value['kind']!r} is not {known}{nearest(str(value['kind']), kinds)}")
+    return kinds[value["kind"]]
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from keysync_jax.config import ModelConfig, SpeechConfig, from_dict, to_dict
+from keysync_jax.config import (
+    EncoderKind,
+    LogMelConfig,
+    ModelConfig,
+    SpeechConfig,
+    encoder_name,
+    from_dict,
+    to_dict,
+)
 from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.nn.speech import SpeechModel
@@ -29,6 +37,9 @@ from keysync_jax.typing import Params
 FORMAT = "keysync-model-1"
 
 DTYPES: dict[str, Any] = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+DEFAULT = Path(__file__).parent / "models" / "tiny"
+"""The embedded model: small, trained in the synthetic world (docs/default_model.md)."""
 
 Progress = Callable[[int], object]
 """Is told of each block of bytes that was read or written."""
@@ -42,8 +53,9 @@ class Network(NamedTuple):
 
 
 def components(config: ModelConfig) -> list[str]:
-    """Names of the components; the file of each is `NAME.safetensors`."""
-    return ["keyframe", "interpolation", "vae", *(f"audio_{kind}" for kind in sorted(config.encoders))]
+    """Names of the components; the file of each is `NAME.safetensors`. Log-mel has no weights and no file."""
+    speech = sorted(kind for kind, encoder in config.encoders.items() if isinstance(encoder, SpeechConfig))
+    return ["keyframe", "interpolation", "vae", *(f"audio_{kind}" for kind in speech)]
 
 
 def maker(config: ModelConfig, component: str, dtype: Any = jnp.float32) -> Make:
@@ -53,7 +65,8 @@ def maker(config: ModelConfig, component: str, dtype: Any = jnp.float32) -> Make
         return lambda rngs: stage(kind, dtype=dtype, rngs=rngs)
     if component == "vae":
         return lambda rngs: VAE(config.vae, dtype=dtype, rngs=rngs)
-    encoder: SpeechConfig = config.encoders[component.removeprefix("audio_")]
+    encoder = config.encoders[component.removeprefix("audio_")]
+    assert isinstance(encoder, SpeechConfig)  # Log-mel is no component.
     return lambda rngs: SpeechModel(encoder, dtype=dtype, rngs=rngs)
 
 
@@ -63,12 +76,19 @@ def _trained_on(config: ModelConfig, component: str) -> dict[str, str]:
     if component in ("keyframe", "interpolation"):
         kind = config.keyframe if component == "keyframe" else config.interpolation
         metadata["audio_encoder"] = kind.audio_encoder
+        encoder = config.encoders[kind.audio_encoder]
+        if isinstance(encoder, LogMelConfig):
+            metadata["audio_settings"] = encoder.sha256
     return metadata
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened and checked model directory; components are loaded when asked for."""
+    """An opened and checked model directory; components are loaded when asked for.
+
+    Attributes:
+      hashes: SHA-256 of each component by file name; of a log-mel encoder's settings by `encoder_name`.
+    """
 
     folder: Path
     config: ModelConfig
@@ -90,6 +110,11 @@ class Model:
             return jnp.asarray(np.asarray(file[name]).astype(kind))
 
         return Network(graphdef, {name: place(name) for name in wanted})
+
+    def load_encoder(self, kind: EncoderKind) -> Params:
+        """Parameters of an audio encoder, fp32, for `audio_features`; log-mel has none."""
+        has_weights = isinstance(self.config.encoders[kind], SpeechConfig)
+        return self.load(f"audio_{kind}").params if has_weights else {}
 
 
 def open_model(folder: str | Path, progress: Progress | None = None) -> Model:
@@ -118,7 +143,7 @@ def open_model(folder: str | Path, progress: Progress | None = None) -> Model:
             raise UserError(
                 f"{path}: was altered after the model was made (its SHA-256 is not config.json's)"
             )
-    return Model(folder, config, hashes)
+    return Model(folder, config, hashes | _settings_hashes(config))
 
 
 def model_bytes(folder: str | Path) -> int:
@@ -190,6 +215,11 @@ def _read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
         raise UserError(f"{path}: {error}") from None
 
 
+def _settings_hashes(config: ModelConfig) -> dict[str, str]:
+    encoders = [encoder for encoder in config.encoders.values() if isinstance(encoder, LogMelConfig)]
+    return {encoder_name(encoder.kind): encoder.sha256 for encoder in encoders}
+
+
 def _check_component(config: ModelConfig, component: str, file: TensorFile) -> None:
     for key, value in _trained_on(config, component).items():
         found = file.metadata.get(key)
@@ -197,6 +227,11 @@ def _check_component(config: ModelConfig, component: str, file: TensorFile) -> N
             raise UserError(
                 f"{file.path}: these weights were trained on {found} features, "
                 f"config.json would feed them {value}; sync would be lost"
+            )
+        if key == "audio_settings" and found != value:
+            raise UserError(
+                f"{file.path}: these weights were trained on logmel features of other settings than "
+                "config.json's; sync would be lost"
             )
         if found != value:
             raise UserError(f"{file.path}: holds the component {found!r}, not {value!r}")

@@ -1,10 +1,11 @@
-"""Audio features of a clip: two vectors a video frame, from any of the three speech encoders."""
+"""Audio features of a clip: two vectors a video frame, from a speech encoder or as log-mel spectra."""
 
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.config import SpeechConfig
+from keysync_jax.config import EncoderConfig, LogMelConfig
 from keysync_jax.errors import UserError
+from keysync_jax.pipeline.log_mel import log_mel
 from keysync_jax.pipeline.speech_stream import PIECES, Moments, Pieces, hidden_states
 from keysync_jax.typing import Params
 
@@ -18,7 +19,7 @@ _BLOCK = 1 << 20
 
 
 def audio_features(
-    config: SpeechConfig,
+    config: EncoderConfig,
     params: Params,
     wave: np.ndarray,
     frames: int,
@@ -32,8 +33,10 @@ def audio_features(
     whole frames, and encoded in one exact pass (`speech_stream`). `frames` frames of samples give
     2 `frames` - 1 vectors, since the last one would need samples past the end; HuBERT and wav2vec2
     get a zero vector at the end, WavLM's vectors are stretched to 2 `frames` by nearest neighbour.
+    Log-mel spectra (`log_mel`) take the wave as it is, and are 2 `frames` of themselves.
 
     Args:
+      params: of the encoder; log-mel has none.
       wave: float `[samples]`, mono, 16 kHz, any number of samples.
       frames: video frames to cover, at least 1.
 
@@ -47,6 +50,8 @@ def audio_features(
         raise UserError("the voice has no samples")
     samples = frames * SAMPLES_PER_FRAME
     wanted = frames * VECTORS_PER_FRAME
+    if isinstance(config, LogMelConfig):
+        return log_mel(config, wave[:samples], wanted).reshape(frames, VECTORS_PER_FRAME, -1)
     if config.vectors(samples) != wanted - 1:
         raise UserError(
             f"the {config.kind} encoder's convolutions do not give 50 vectors for a second of audio"
