@@ -1,0 +1,189 @@
+"""The measures against numbers worked out by hand, and their extremes."""
+
+import numpy as np
+import pytest
+
+from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
+from keysync_jax.metrics.quality import flicker, flicker_ratio, psnr
+from keysync_jax.metrics.sync import (
+    best_lag,
+    correlation,
+    lagged_correlation,
+    mean_correlation,
+    mean_lag,
+    pooled_correlation,
+)
+
+
+@pytest.fixture
+def series() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=80)
+
+
+def test_correlation_is_pearsons() -> None:
+    # Centred: (-1, 0, 1) and (-2, 1, 1); 3 / sqrt(2 * 6).
+    assert correlation(np.array([1, 2, 3]), np.array([0, 3, 3])) == pytest.approx(3 / np.sqrt(12))
+
+
+def test_correlation_ignores_offset_and_gain_but_not_sign(series: np.ndarray) -> None:
+    assert correlation(series, 3 * series + 7) == pytest.approx(1)
+    assert correlation(series, -0.01 * series) == pytest.approx(-1)
+
+
+def test_correlation_of_unrelated_series_is_near_zero() -> None:
+    a, b = np.random.default_rng(1).normal(size=(2, 20_000))
+    assert abs(correlation(a, b)) < 0.03
+
+
+@pytest.mark.parametrize("still", [np.zeros(80), np.full(80, 0.1), np.full(80, 0.1, np.float32)])
+def test_a_mouth_that_does_not_move_follows_nothing(series: np.ndarray, still: np.ndarray) -> None:
+    assert correlation(series, still) == 0
+    assert correlation(still, series) == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (np.zeros(3), np.zeros(4), r"got \(3,\) and \(4,\)"),
+        (np.zeros(1), np.zeros(1), "two or more"),
+        (np.array([0.0, np.nan]), np.zeros(2), "not finite"),
+    ],
+)
+def test_correlation_refuses_what_it_cannot_compare(a: np.ndarray, b: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        correlation(a, b)
+
+
+def test_mean_and_pooled_correlation_differ_by_the_clips_offsets() -> None:
+    up = np.array([0.0, 1, 2])
+    pairs = [(up, up), (up, up + 10)]
+    assert mean_correlation(pairs) == pytest.approx(1)
+    # Pooled and centred: (-1, 0, 1) twice and (-6, -5, -4, 4, 5, 6).
+    assert pooled_correlation(pairs) == pytest.approx(4 / np.sqrt(4 * 154))
+
+
+def test_mean_correlation_weighs_clips_alike() -> None:
+    up = np.array([0.0, 1, 2])
+    assert mean_correlation([(up, up), (up, -up), (up, np.ones(3))]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("measure", [mean_correlation, pooled_correlation, mean_lag, source_correlation])
+def test_no_clip_is_an_error(measure) -> None:
+    with pytest.raises(ValueError, match="no clip"):
+        measure([])
+
+
+@pytest.mark.parametrize("late", [-5, -2, 0, 3, 5])
+def test_the_lag_of_a_delayed_mouth_is_its_delay(series: np.ndarray, late: int) -> None:
+    mouth, truth = series[10 - late : 70 - late], series[10:70]
+    assert best_lag(mouth, truth) == late
+    assert lagged_correlation(mouth, truth, late) == pytest.approx(1)
+    assert mean_lag([(mouth, truth), (-2 + 3 * mouth, truth)]) == late
+
+
+def test_a_still_mouth_has_no_lag(series: np.ndarray) -> None:
+    assert best_lag(np.ones(80), series) == 0
+
+
+def test_lip_leak_is_a_ratio_of_deviations() -> None:
+    # Deviations 0.1 and 0.2.
+    assert lip_leak(np.array([0.1, 0.3]), np.array([0.2, 0.6, 0.2, 0.6])) == pytest.approx(0.1 / 0.20001)
+
+
+def test_lip_leak_extremes(series: np.ndarray) -> None:
+    assert lip_leak(np.full(50, 0.04), series) == pytest.approx(0, abs=1e-12)
+    assert lip_leak(series, series) == pytest.approx(1, abs=1e-4)
+    assert lip_leak(series, np.zeros(9)) == pytest.approx(series.std() / 1e-5)
+
+
+def test_lip_leak_lite_is_the_share_of_open_mouths() -> None:
+    mar = np.array([0.0, 0.25, 0.26, 0.9])
+    assert lip_leak_lite(mar) == 0.5
+    assert lip_leak_lite(mar, threshold=0.2) == 0.75
+    assert lip_leak_lite(mar, threshold=1) == 0
+
+
+@pytest.mark.parametrize("mar", [np.zeros(0), np.array([0.1, np.nan])])
+def test_leakage_of_nothing_is_an_error(mar: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="finite MAR"):
+        lip_leak(mar, np.ones(3))
+    with pytest.raises(ValueError, match="finite MAR"):
+        lip_leak_lite(mar)
+
+
+def test_source_correlation_tells_a_copy_from_a_mouth_of_its_own() -> None:
+    source, own = np.random.default_rng(2).normal(size=(2, 5000))
+    assert source_correlation([(source, source)]) == pytest.approx(1)
+    assert abs(source_correlation([(own, source)])) < 0.05
+
+
+def test_psnr_of_a_known_difference() -> None:
+    a = np.full((2, 4, 6, 3), 100, np.uint8)
+    assert psnr(a, a - 5) == pytest.approx(20 * np.log10(255 / 5))
+    assert psnr(a - 5, a) == psnr(a, a - 5)
+    assert psnr(a[0], a[0]) == np.inf
+    assert psnr(np.zeros_like(a), np.full_like(a, 255)) == 0
+
+
+def test_psnr_counts_the_region_alone() -> None:
+    a = np.full((2, 4, 6, 3), 100, np.uint8)
+    b = a.copy()
+    b[:, 1, 2] += 10
+    b[0, 0, 0] += 200
+    spot = np.zeros((4, 6), bool)
+    spot[1, 2:4] = True
+    assert psnr(a, b, spot) == pytest.approx(10 * np.log10(255**2 / 50))
+    away = np.stack([~spot, ~spot])
+    away[0, 0, 0] = False
+    assert psnr(a, b, away) == np.inf
+    assert psnr(a[1], b[1], spot.astype(np.uint8)) == pytest.approx(10 * np.log10(255**2 / 50))
+
+
+def test_psnr_refuses_other_shapes_dtypes_and_nothing() -> None:
+    a = np.zeros((4, 6, 3), np.uint8)
+    with pytest.raises(ValueError, match="equal shapes"):
+        psnr(a, a[:2])
+    with pytest.raises(ValueError, match="float64"):
+        psnr(a, a.astype(float))
+    with pytest.raises(ValueError, match="empty"):
+        psnr(a, a, np.zeros((4, 6), bool))
+
+
+def test_flicker_of_known_steps() -> None:
+    frames = np.zeros((3, 4, 6, 3), np.uint8)
+    frames[1] = 10
+    frames[2, ..., 0] = 10
+    whole = np.ones((4, 6), bool)
+    # Steps of 10, and of 10 less the red's share.
+    assert flicker(frames, whole) == pytest.approx((10 + 10 * (1 - 0.299)) / 2)
+    assert flicker(iter(frames), whole) == flicker(frames, whole)
+    assert flicker(frames[[0, 0, 0]], whole) == 0
+
+
+def test_flicker_compares_where_both_frames_have_the_region() -> None:
+    frames = np.zeros((2, 1, 3, 3), np.uint8)
+    frames[1, 0] = [[5], [20], [90]]
+    region = np.array([[[1, 1, 0]], [[0, 1, 1]]])
+    assert flicker(frames, region) == pytest.approx(20)
+
+
+def test_flicker_refuses_nothing_to_compare() -> None:
+    frames = np.zeros((2, 2, 2, 3), np.uint8)
+    with pytest.raises(ValueError, match="two or more frames"):
+        flicker(frames[:1], np.ones((2, 2)))
+    with pytest.raises(ValueError, match="common region"):
+        flicker(frames, np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="zip"):
+        flicker(frames, np.ones((3, 2, 2)))
+
+
+def test_flicker_ratio_is_one_for_the_truth_and_more_for_noise() -> None:
+    rng = np.random.default_rng(3)
+    truth = (100 + 20 * np.sin(np.arange(20))[:, None, None, None] * np.ones((1, 8, 8, 3))).astype(np.uint8)
+    noisy = (truth + rng.integers(-15, 16, truth.shape)).astype(np.uint8)
+    whole = np.ones((8, 8), bool)
+    assert flicker_ratio(truth, truth, whole) == 1
+    assert flicker_ratio(truth // 2, truth, whole) == pytest.approx(0.5, abs=0.03)
+    assert flicker_ratio(noisy, truth, whole) > 1.05
+    with pytest.raises(ValueError, match="does not move"):
+        flicker_ratio(noisy, truth[[0] * 20], whole)
