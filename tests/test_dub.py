@@ -111,6 +111,28 @@ def test_dub_covers_the_voice_and_leaves_the_rest_alone(
     assert_untouched_outside(captured, clip / "video.mp4", 28, FRAMES)
 
 
+def test_what_lies_before_the_face_is_left_alone(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = Captured(monkeypatch)
+    call = (clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model)
+    dub(*call, settings(clip))
+    plain = captured.geometry.masks
+    occluder = np.zeros((FRAMES, 80, 96), np.uint8)
+    occluder[5:, :, :48] = 1  # from frame 5 on, everything left of the middle
+    np.save(tmp_path / "occluder.npy", occluder)
+    captured.frames.clear()
+    dub(*call, settings(clip, occluder=tmp_path / "occluder.npy"))
+    masks, boxes = captured.geometry.masks, captured.geometry.boxes
+    np.testing.assert_array_equal(masks[:5], plain[:5])
+    size = masks.shape[-1]
+    for mask, before, (x0, _, x1, _) in zip(masks[5:], plain[5:], boxes[5:], strict=True):
+        free = x0 + np.arange(size) * (x1 - x0) / size >= 48
+        np.testing.assert_array_equal(mask, before * free)
+        assert mask.any()
+    assert_untouched_outside(captured, clip / "video.mp4", 28, FRAMES)
+
+
 def test_a_longer_voice_compiles_nothing_new_and_plays_the_video_to_and_fro(
     clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

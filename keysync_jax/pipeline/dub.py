@@ -23,7 +23,8 @@ from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
 from keysync_jax.media.detectors import DETECTORS, make_detector
 from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks, save_landmarks
 from keysync_jax.media.masks import SIZE as MASK_SIZE
-from keysync_jax.media.masks import make_mask, to_latent
+from keysync_jax.media.masks import exclude, make_mask, to_latent
+from keysync_jax.media.occlusion import load_occluder, occluded_cells
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import Timeline, source_index
 from keysync_jax.media.video import VideoInfo, probe_video, read_frames, scan_timeline
@@ -47,6 +48,8 @@ class DubSettings:
       landmarks: a `.npy` file with landmarks `[frames, 68, 2]`, or the name of a detector.
       landmark_model: the detector's model file, where it is not in the cache.
       allow_download: fetch a detector's model file from its official address.
+      occluder: masks of what lies before the face, as `media.occlusion.load_occluder` takes them; it is left
+        as it is (eq. 7).
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
@@ -57,6 +60,7 @@ class DubSettings:
     landmarks: str = "mediapipe"
     landmark_model: Path | None = None
     allow_download: bool = False
+    occluder: Path | None = None
     steps: int | None = None
     seed: int = 0
     dtype: str | None = None
@@ -220,6 +224,7 @@ def _fingerprint(
         "landmarks": sha256_of(landmarks) if landmarks.is_file() else settings.landmarks,
         "model": dict(model.hashes),
         "mask": model.config.mask,
+        "occluder": None if settings.occluder is None else sha256_of(settings.occluder),
         "guidance": asdict(model.config.guidance),
         "sigmas": sampling.sigmas.tolist(),
         "seed": settings.seed,
@@ -246,6 +251,13 @@ def _geometry(
     size = model.config.keyframe.latent_size
     # One by one: the full-size masks of a long clip together would take gigabytes.
     masks = [to_latent(make_mask(points[None], model.config.mask), size)[0] for points in cropped]
+    if settings.occluder is not None:
+        info = source.info
+        objects = load_occluder(settings.occluder, len(source.timeline), info.height, info.width)
+        masks = [
+            exclude(mask, occluded_cells(frame, box, size))
+            for mask, frame, box in zip(masks, objects, boxes, strict=False)
+        ]
     return Geometry(boxes, present, np.stack(masks))
 
 
@@ -316,7 +328,7 @@ class _Run:
         kinds = sorted({config.keyframe.audio_encoder, config.interpolation.audio_encoder})
         with self.phases.phase("audio", len(kinds), "encoders") as advance:
             for kind in kinds:
-                params = self.model.load(f"audio_{kind}", "fp32").params
+                params = self.model.load_encoder(kind)
                 vectors = audio_features(config.encoders[kind], params, self.source.wave, frames)
                 made[kind] = Features(kind, np.concatenate([vectors, vectors[[-1] * (planned - frames)]]))
                 advance(1)
