@@ -1,37 +1,58 @@
-"""The keyframe stage in a toy size: every part of the full run, in about a minute on one CPU core.
+"""The keyframe stage of the embedded model, which is trained in the synthetic world.
 
-    keysync train --config configs/keyframe_tiny.py --workdir runs/tiny --config.data.paths=DATASET
+    keysync train --config configs/keyframe_tiny.py --workdir runs/keyframe \
+        --config.data.paths=DATASET --config.init.path=MODEL --config.init.vae=MODEL
 
-Latents are 8 x 8 of a 16-pixel crop, so the dataset must be prepared with a VAE of these sizes. Nothing can
-be learned at this size: the score is that of noise, and only that the loss falls is of interest.
+MODEL is made by `keysync init` from a run of `vae_tiny.py`, DATASET by `keysync prepare` with it. Time and
+figures: docs/default_model.md.
 """
 
 from ml_collections import ConfigDict
 
-from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
-from keysync_jax.train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from keysync_jax.config import GuidanceConfig, LogMelConfig, StageConfig, UNetConfig, VAEConfig, to_dict
+from keysync_jax.train.config import (
+    CheckpointConfig,
+    InitConfig,
+    LogConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 UNET = UNetConfig(
     in_channels=8,
-    block_out_channels=(32, 64),
+    block_out_channels=(32, 64, 96),
     layers_per_block=1,
-    attention_levels=(0, 1),
-    head_dim=16,
-    cross_attention_dim=48,
-    addition_embed_dim=48,
+    attention_levels=(1, 2),
+    head_dim=32,
+    cross_attention_dim=128,
+    addition_embed_dim=128,
+    norm_groups=8,
 )
+VAE = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8, scale_factor=1.0)
 
 
 def get_config() -> ConfigDict:
-    """30 steps of 2 clips in fp32, from random weights."""
+    """Steps of 4 clips in fp32; every parameter is trained, temporal layers included."""
     config = TrainConfig(
-        stage=StageConfig("keyframe", "hubert", UNET, latent_size=8),
-        vae=VAEConfig(block_out_channels=(32, 64), layers_per_block=1),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=5),
-        checkpoint=CheckpointConfig(every=10, keep=2, keep_every=0),
-        log=LogConfig(every=1),
-        batch_size=2,
-        steps=30,
+        stage=StageConfig("keyframe", "logmel", UNET, audio_dim=LogMelConfig().hidden_size, latent_size=12),
+        vae=VAE,
+        init=InitConfig(kind="keysync"),
+        loss=LossConfig(p_mean=0.5, p_std=1.4),
+        optimizer=OptimizerConfig(
+            kind="muon",
+            learning_rate=1e-3,
+            warmup=200,
+            b2=0.99,
+            weight_decay=0.0,
+            ema=0.998,
+            frozen=(),
+        ),
+        checkpoint=CheckpointConfig(every=500, keep=2, keep_every=0),
+        log=LogConfig(every=50),
+        guidance=GuidanceConfig(audio=3.0, identity=1.5),
+        batch_size=4,
+        steps=4000,
         dtype="fp32",
         remat="none",
     )

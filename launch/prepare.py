@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import tee
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 import av
 import numpy as np
 
-from keysync_jax.config import EncoderKind, VAEConfig, from_dict
+from keysync_jax.config import EncoderKind, VAEConfig, encoder_name, from_dict
 from keysync_jax.errors import UserError
 from keysync_jax.launch.faces import Faces, Task, cut_all, read_crops, reason_of
 from keysync_jax.launch.parts import Done, Part, Skipped, Work, key_of, open_work, remove_work, write_part
@@ -45,6 +45,7 @@ from keysync_jax.train.records import (
     runs_without,
     write_json,
 )
+from keysync_jax.typing import Params
 
 REPORT = "report.json"
 
@@ -53,7 +54,7 @@ MIB = 2**20
 SHORTEST = 14
 """Frames of the shortest sample: T in a row."""
 
-_OF_VIDEOS = ("landmarks", "landmark_model", "allow_download", "latents", "seed", "dtype", "workers")
+_OF_VIDEOS = ("landmarks", "landmark_model", "allow_download", "latents", "seed", "dtype", "workers", "crop")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class PrepareSettings:
       dtype: "fp32" or "bf16", of the VAE's computation.
       workers: processes that decode and look for faces; 0: this one. The dataset does not depend on it.
       shard_mib: size at which a shard is full; a clip is never split.
+      crop: side of the crop of a dataset for training a VAE: frames and landmarks alone, without a model.
     """
 
     encoders: tuple[EncoderKind, ...] = ()
@@ -83,6 +85,7 @@ class PrepareSettings:
     dtype: str = "fp32"
     workers: int = 0
     shard_mib: int = 512
+    crop: int | None = None
 
     def __post_init__(self) -> None:
         for semitones in self.pitch:
@@ -99,6 +102,8 @@ class PrepareSettings:
             raise UserError(f"the seed is 0 or more, not {self.seed}")
         if self.workers < 0:
             raise UserError(f"the number of workers is 0 or more, not {self.workers}")
+        if self.crop is not None and self.crop < 16:
+            raise UserError(f"a crop has a side of 16 pixels or more, not {self.crop}")
         if self.shard_mib < 1:
             raise UserError(f"a shard holds at least 1 MiB, not {self.shard_mib}")
 
@@ -166,8 +171,14 @@ def prepare(
     maker: _Maker
     if is_reference_layout(source):
         maker = _FromPrecomputed(clips, settings, model)
+    elif settings.crop is not None:
+        if model is not None:
+            raise UserError("prepare takes --crop, for frames alone, or --model, whose size the crop has")
+        maker = _FramesAlone(clips, settings, settings.crop)
     elif model is None:
-        raise UserError("prepare needs a model directory, for its VAE and audio encoders")
+        raise UserError(
+            "prepare needs a model directory, for its VAE and audio encoders (or --crop, for frames alone)"
+        )
     else:
         maker = _FromVideos(clips, settings, model)
     if os.path.isfile(output / MANIFEST):  # Not Path.is_file, which fails in a folder without permission.
@@ -210,44 +221,13 @@ class _Maker(Protocol):
         ...
 
 
-class _FromVideos:
-    """Makes records from videos, with a model's VAE and encoders."""
+class _Videos:
+    """What is the same for every dataset that is made from videos."""
 
-    def __init__(self, clips: Sequence[Clip], settings: PrepareSettings, model: Model):
-        self.settings, self.model = settings, model
-        config = model.config
-        kinds = settings.encoders or tuple(kind for kind in EMBEDDINGS if kind in config.encoders)
-        for kind in kinds:
-            if kind not in config.encoders:
-                raise UserError(f"{model.folder}: has no {kind} encoder, only {', '.join(config.encoders)}")
-        encoders: dict[EncoderKind, EncoderInfo] = {
-            kind: EncoderInfo(config.encoders[kind].hidden_size, model.hashes[f"audio_{kind}.safetensors"])
-            for kind in sorted(kinds)
-        }
-        vae = model.hashes["vae.safetensors"]
-        self.stored = Settings(
-            crop_size=config.crop_size,
-            latent_size=config.keyframe.latent_size,
-            latents=settings.latents,
-            frames=True,
-            vae=vae,
-            encoders=encoders,
-            landmarks=settings.landmarks,
-            dtype=settings.dtype,
-            seed=settings.seed,
-            pitch=tuple(sorted({float(semitones) for semitones in settings.pitch})),
-        )
-        if any(clip.landmarks is None for clip in clips):
-            # Every clip would be skipped for the same reason otherwise; and it is fetched only once.
-            make_detector(settings.landmarks, settings.landmark_model, settings.allow_download).close()
+    stored: Settings
 
-    @cached_property
-    def _vae(self) -> Network:
-        return self.model.load("vae", self.settings.dtype)
-
-    @cached_property
-    def _encoders(self) -> dict[EncoderKind, Network]:
-        return {kind: self.model.load(f"audio_{kind}") for kind in self.stored.encoders}
+    def __init__(self, settings: PrepareSettings):
+        self.settings = settings
 
     def make(self, clips: Sequence[Clip], work: Work) -> Iterator[tuple[Clip, Part | str]]:
         tasks = [
@@ -277,11 +257,77 @@ class _FromVideos:
         return write_part(work.records(clip), info, self._records(task, faces))
 
     def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of every frame."""
+        raise NotImplementedError
+
+
+class _FramesAlone(_Videos):
+    """Makes records of frames and landmarks, for training a VAE."""
+
+    def __init__(self, clips: Sequence[Clip], settings: PrepareSettings, crop: int):
+        super().__init__(settings)
+        if settings.encoders or settings.pitch:
+            raise UserError("frames alone have no audio features; leave --encoders and --pitch out")
+        self.stored = Settings(
+            crop_size=crop,
+            latent_size=0,
+            latents="none",
+            frames=True,
+            vae=None,
+            encoders={},
+            landmarks=settings.landmarks,
+        )
+        _try_detector(clips, settings)
+
+    def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
+        for points, crop in zip(faces.landmarks, read_crops(task.crops), strict=True):
+            yield {"landmarks": points, "frame": encode_frame(crop)}
+
+
+class _FromVideos(_Videos):
+    """Makes records from videos, with a model's VAE and encoders."""
+
+    def __init__(self, clips: Sequence[Clip], settings: PrepareSettings, model: Model):
+        super().__init__(settings)
+        self.model = model
+        config = model.config
+        kinds = settings.encoders or tuple(k for k in get_args(EncoderKind) if k in config.encoders)
+        for kind in kinds:
+            if kind not in config.encoders:
+                raise UserError(f"{model.folder}: has no {kind} encoder, only {', '.join(config.encoders)}")
+        encoders: dict[EncoderKind, EncoderInfo] = {
+            kind: EncoderInfo(config.encoders[kind].hidden_size, model.hashes[encoder_name(kind)])
+            for kind in sorted(kinds)
+        }
+        vae = model.hashes["vae.safetensors"]
+        self.stored = Settings(
+            crop_size=config.crop_size,
+            latent_size=config.keyframe.latent_size,
+            latents=settings.latents,
+            frames=True,
+            vae=vae,
+            encoders=encoders,
+            landmarks=settings.landmarks,
+            dtype=settings.dtype,
+            seed=settings.seed,
+            pitch=tuple(sorted({float(semitones) for semitones in settings.pitch})),
+        )
+        _try_detector(clips, settings)
+
+    @cached_property
+    def _vae(self) -> Network:
+        return self.model.load("vae", self.settings.dtype)
+
+    @cached_property
+    def _encoders(self) -> dict[EncoderKind, Params]:
+        return {kind: self.model.load_encoder(kind) for kind in self.stored.encoders}
+
+    def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
         config, frames = self.model.config, len(faces.present)
         voices = {0.0: faces.wave} | {shift: shifted(faces.wave, shift) for shift in self.stored.pitch}
         features = {
-            audio_name(kind, shift): audio_features(config.encoders[kind], encoder.params, wave, frames)
-            for kind, encoder in self._encoders.items()
+            audio_name(kind, shift): audio_features(config.encoders[kind], params, wave, frames)
+            for kind, params in self._encoders.items()
             for shift, wave in voices.items()
         }
         crops, pixels = tee(read_crops(task.crops))
@@ -300,6 +346,15 @@ class _FromVideos:
                 else:
                     noise = rng.standard_normal(mean.shape, np.float32)
                     yield {"mean": mean + np.exp(0.5 * logvar) * noise}
+
+
+def _try_detector(clips: Sequence[Clip], settings: PrepareSettings) -> None:
+    """Makes sure that there is a detector for the clips that need one.
+
+    Every clip would be skipped for the same reason otherwise; and a model file is fetched only once.
+    """
+    if any(clip.landmarks is None for clip in clips):
+        make_detector(settings.landmarks, settings.landmark_model, settings.allow_download).close()
 
 
 class _FromPrecomputed:

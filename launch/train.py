@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keysync_jax.config import from_dict, nearest
+from keysync_jax.config import nearest
 from keysync_jax.errors import UserError
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig, train_config_from
 
 OVERRIDE = "--config."
 
@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs the parsed command; returns the exit code: 0, or 128 + the signal that stopped the run."""
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
+        if not isinstance(config, TrainConfig):
+            raise UserError("a dry run is for the stages; a VAE is small beside them")
         from keysync_jax.train.plan import dry_run
 
         print(dry_run(config, 1 if arguments.devices is None else arguments.devices).table())
@@ -94,7 +96,7 @@ def join_hosts(multihost: bool, coordinator: str | None, processes: int | None, 
             raise UserError(f"cannot join the other hosts: {error}") from error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyTrainConfig:
     """The run's settings: a config file with overrides.
 
     Args:
@@ -113,7 +115,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = module.get_config().to_dict()
     for override in overrides:
         _override(values, override)
-    return from_dict(TrainConfig, values, str(path))
+    return train_config_from(values, str(path))
+
+
+def load_stage_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """`load_config`, of a stage.
+
+    Raises:
+      UserError: as that; or the settings are those of a VAE's run.
+    """
+    config = load_config(path, overrides)
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path}: holds the settings of a VAE's run, not of a stage's")
+    return config
 
 
 def _module(path: Path) -> ModuleType:

@@ -20,7 +20,7 @@ from keysync_jax.train.sharding import make_mesh
 NAMES = ("keyframe", "interpolation", "keyframe_tiny", "interpolation_tiny")
 
 
-def load(*overrides: str, config: str = "configs/keyframe_tiny.py") -> TrainConfig:
+def load(*overrides: str, config: str = "tests/configs/keyframe_toy.py") -> TrainConfig:
     return load_config(config, [f"--config.{o}" for o in overrides])
 
 
@@ -215,7 +215,14 @@ def test_a_mesh_is_in_process_order() -> None:
 def test_the_command_prints_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    argv = ["--config", "configs/keyframe_tiny.py", "--config.batch_size=8", "--dry-run", "--devices", "8"]
+    argv = [
+        "--config",
+        "tests/configs/keyframe_toy.py",
+        "--config.batch_size=8",
+        "--dry-run",
+        "--devices",
+        "8",
+    ]
     rest, overrides = split_overrides(argv)
     assert overrides == ["--config.batch_size=8"]
     assert run(parser.parse_args(rest), overrides) == 0

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from keysync_jax.config import from_dict, to_dict
+from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.pipeline.workspace import write_text
-from keysync_jax.train.config import CheckpointConfig, TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, CheckpointConfig, train_config_from
 from keysync_jax.train.step import TrainState
 
 FORMAT = "keysync-run-1"
@@ -208,7 +208,7 @@ def saved_steps(folder: Path) -> list[int]:
     return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
 
 
-def settle_config(workdir: Path, config: TrainConfig) -> None:
+def settle_config(workdir: Path, config: AnyTrainConfig) -> None:
     """Stores the effective config with the run; a run that has a checkpoint must go on with the same one.
 
     Raises:
@@ -228,7 +228,7 @@ def settle_config(workdir: Path, config: TrainConfig) -> None:
             raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from error
 
 
-def read_config(workdir: Path) -> TrainConfig:
+def read_config(workdir: Path) -> AnyTrainConfig:
     """The effective config of a run.
 
     Raises:
@@ -243,10 +243,12 @@ def read_config(workdir: Path) -> TrainConfig:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not the config of a training run in the format {FORMAT}")
-    return from_dict(TrainConfig, content, str(path))
+    return train_config_from(content, str(path))
 
 
-def _check_equal(workdir: Path, started: TrainConfig, config: TrainConfig) -> None:
+def _check_equal(workdir: Path, started: AnyTrainConfig, config: AnyTrainConfig) -> None:
+    if type(started) is not type(config):
+        raise UserError(f"{workdir}: holds a run of another kind; give another --workdir")
     before, now = _flat(to_dict(started)), _flat(to_dict(config))
     for key, value in now.items():
         if before[key] != value and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):

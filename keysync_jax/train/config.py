@@ -4,9 +4,17 @@ The defaults are the paper's (table 7) where it says, else the release's trainin
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from keysync_jax.config import EncoderKind, GuidanceConfig, MaskKind, Remat, StageConfig, VAEConfig
+from keysync_jax.config import (
+    EncoderKind,
+    GuidanceConfig,
+    MaskKind,
+    Remat,
+    StageConfig,
+    VAEConfig,
+    from_dict,
+)
 from keysync_jax.errors import UserError
 
 PixelLoss = Literal["none", "l2", "l1", "lpips"]
@@ -120,15 +128,18 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up to a constant rate.
+    """Linear warm-up to a constant rate.
 
     Attributes:
+      kind: "adamw" (the paper's), or "muon" (Jordan et al., 2024): the momentum of every kernel is
+        orthogonalised, the rest is AdamW's. From random weights it takes fewer steps.
       clip: largest global norm of the gradient; 0: no clipping.
       accumulate: batches whose gradients make one update.
       ema: decay of the exponential moving average of the weights; 0: none.
       frozen: regular expressions; a parameter whose path one of them finds does not move.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-5
     warmup: int = 1000
     b1: float = 0.9
@@ -240,3 +251,90 @@ class TrainConfig:
     @property
     def audio_encoder(self) -> EncoderKind:
         return self.stage.audio_encoder
+
+
+@dataclass(frozen=True)
+class VAEDataConfig:
+    """Frames that a VAE is trained on.
+
+    Attributes:
+      paths: dataset folders that `keysync prepare` made, with pixels.
+      flip: probability of a left-right flip.
+      workers: processes that read ahead; 0 reads in the training process.
+    """
+
+    paths: tuple[str, ...] = ()
+    flip: float = 0.5
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _probabilities({"data.flip": self.flip})
+        _at_least(0, {"data.workers": self.workers})
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """The loss of a VAE: absolute and squared error of the pixels, and the posterior's divergence.
+
+    Attributes:
+      l1, l2: weights of the mean absolute and the mean squared error, frames in [-1, 1].
+      kl: weight of the Kullback-Leibler divergence from a standard normal, mean over numbers.
+      mouth: how many times an error in the mouth's region counts.
+    """
+
+    l1: float = 1.0
+    l2: float = 1.0
+    kl: float = 1e-4
+    mouth: float = 4.0
+
+    def __post_init__(self) -> None:
+        _above_zero({"loss.l1 + loss.l2": self.l1 + self.l2, "loss.mouth": self.mouth})
+
+
+@dataclass(frozen=True)
+class VAETrainConfig:
+    """One run that trains a VAE on single frames, from random weights.
+
+    Attributes:
+      batch_size: frames of a step, over all devices and hosts.
+      crop_size: side of the frames in pixels.
+    """
+
+    vae: VAEConfig
+    crop_size: int
+    data: VAEDataConfig = VAEDataConfig()
+    loss: VAELossConfig = VAELossConfig()
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(frozen=()))
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = field(default_factory=LogConfig)
+    batch_size: int = 16
+    steps: int = 10_000
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    remat: Remat = "none"
+
+    def __post_init__(self) -> None:
+        _at_least(1, {"batch_size": self.batch_size, "steps": self.steps})
+        _at_least(0, {"seed": self.seed})
+        if self.crop_size < 1 or self.crop_size % self.vae.factor:
+            raise UserError(
+                f"crop_size {self.crop_size} is not a multiple of the VAE's factor {self.vae.factor}"
+            )
+        if self.log.preview_every:
+            raise UserError("log.preview_every is for the stages; a VAE's run logs its PSNR instead")
+
+
+AnyTrainConfig = TrainConfig | VAETrainConfig
+"""Settings of any run."""
+
+
+def train_config_from(values: dict[str, Any], where: str) -> AnyTrainConfig:
+    """Settings from their JSON form: those of a stage where there is a key `stage`, else those of a VAE.
+
+    Raises:
+      UserError: as `keysync_jax.config.from_dict`.
+    """
+    if "stage" in values or "vae" not in values:
+        return from_dict(TrainConfig, values, where)
+    return from_dict(VAETrainConfig, values, where)

@@ -7,9 +7,10 @@ s is sample s * batch_size + r, on however many processes, and whichever worker 
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -19,10 +20,12 @@ from keysync_jax.config import MaskKind
 from keysync_jax.errors import UserError
 from keysync_jax.media.masks import make_mask, scale_landmarks, to_latent
 from keysync_jax.train.batch import Batch
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.train.records import SAMPLE_LOGVAR, Dataset, Record, audio_name, decode_frame
 
 log = logging.getLogger(__name__)
+
+B = TypeVar("B")
 
 BATCHES_AHEAD = 2
 """Batches that a process reads ahead; one of 32 clips at full size holds 120 MB."""
@@ -178,10 +181,25 @@ def make_loader(
     Raises:
       UserError: no usable clip, or the processes do not divide the batch.
     """
-    if config.batch_size % process_count:
-        raise UserError(f"batch_size {config.batch_size} is not a multiple of the {process_count} processes")
     samples = Samples(config, datasets)
     log.info("%s", samples.usable.summary())
+    return load(config, samples, process_index, process_count, start_step)
+
+
+def load(
+    config: AnyTrainConfig,
+    samples: Callable[[int], B],
+    process_index: int = 0,
+    process_count: int = 1,
+    start_step: int = 0,
+) -> grain.DatasetIterator[B]:
+    """Batches of samples that are functions of their number; see `make_loader`.
+
+    Args:
+      samples: number -> a named tuple of arrays, which a batch stacks; picklable.
+    """
+    if config.batch_size % process_count:
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of the {process_count} processes")
     rows = config.batch_size // process_count
     numbers = (
         grain.MapDataset.range(start_step, config.steps)
@@ -215,15 +233,15 @@ class _Rows:
 class _BatchOf:
     """Samples by their numbers, stacked."""
 
-    samples: Samples
+    samples: Callable[[int], Any]
 
-    def __call__(self, numbers: range) -> Batch:
+    def __call__(self, numbers: range) -> Any:
         rows = [self.samples(number) for number in numbers]
-        return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+        return type(rows[0])(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True)
-class _Epochs:
+class Epochs:
     """Numbers in random order, each once before one comes again, `length` in all; a source for Grain.
 
     Grain's own shuffle takes 12 ms an index where there are few.
@@ -250,13 +268,13 @@ def _clip_order(config: TrainConfig, usable: Usable) -> grain.MapDataset[int]:
     """Numbers into `usable.clips`, one for each sample of the run, datasets by weight."""
     length = config.steps * config.batch_size
     if not config.data.weights:
-        return grain.MapDataset.source(_Epochs(tuple(range(len(usable.clips))), config.seed, length))
+        return grain.MapDataset.source(Epochs(tuple(range(len(usable.clips))), config.seed, length))
     weights = config.data.weights
     if min(weights) < 0 or sum(weights) <= 0:
         raise UserError(f"data.weights {list(weights)} must be positive")
     parts = [
         grain.MapDataset.source(
-            _Epochs(tuple(i for i, (of, _) in enumerate(usable.clips) if of == number), config.seed, length)
+            Epochs(tuple(i for i, (of, _) in enumerate(usable.clips) if of == number), config.seed, length)
         )
         for number in range(len(weights))
     ]

@@ -20,7 +20,7 @@ from keysync_jax.convert.table import Table
 from keysync_jax.convert.unet import diffusers_unet_table, stage_table
 from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table
 from keysync_jax.errors import UserError
-from keysync_jax.model import Model, check_new_folder, components, maker, open_model, save_model
+from keysync_jax.model import DTYPES, Model, check_new_folder, components, maker, open_model, save_model
 from keysync_jax.nn.functional import shapes
 from keysync_jax.tensorfile import TensorFile, write_tensors
 from keysync_jax.train.checkpoint import Checkpoints, read_config
@@ -32,7 +32,11 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def export(
-    runs: Sequence[str | Path], output: str | Path, base: str | Path, average: bool = False
+    runs: Sequence[str | Path],
+    output: str | Path,
+    base: str | Path,
+    average: bool = False,
+    dtype: str = "fp32",
 ) -> ModelConfig:
     """Makes a model directory of one or two training runs.
 
@@ -41,6 +45,8 @@ def export(
       output: the model directory, must not exist yet.
       base: a model directory; what was not trained (VAE, audio encoders, the other stage) is its.
       average: take the moving averages of the weights instead of the weights.
+      dtype: "fp32": as they were trained; "bf16": matrices and kernels of every component are rounded to
+        bf16, as a run in bf16 holds them, in half the size.
 
     Raises:
       UserError: a run or the base cannot be read, they do not fit each other, or the audio encoder is not
@@ -59,14 +65,23 @@ def export(
     names = components(model)
     model = dataclasses.replace(model, provenance={n: s for n, s in provenance.items() if n in names})
     untrained = {n: TensorFile(rest.folder / f"{n}.safetensors") for n in names if n not in trained}
-    save_model(output, model, {**untrained, **trained})
+    tensors: dict[str, Tensors] = {**untrained, **trained}
+    save_model(output, model, {name: _rounded(part, dtype) for name, part in tensors.items()})
     return model
+
+
+def _rounded(tensors: Tensors, dtype: str) -> Tensors:
+    if dtype == "fp32":
+        return tensors
+    return {path: x.astype(DTYPES[dtype]) if x.ndim > 1 else x for path, x in tensors.items()}
 
 
 def _run_configs(runs: Sequence[Path]) -> dict[StageKind, tuple[Path, TrainConfig]]:
     configs: dict[StageKind, tuple[Path, TrainConfig]] = {}
     for folder in runs:
         config = read_config(folder)
+        if not isinstance(config, TrainConfig):
+            raise UserError(f"{folder}: is the run of a VAE; keysync init makes a model of it")
         kind = config.stage.kind
         if kind in configs:
             raise UserError(f"{folder}: a second run of the {kind} stage; give one run of each stage")

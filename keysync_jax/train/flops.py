@@ -16,8 +16,11 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from keysync_jax.model import Network
+from keysync_jax.nn.functional import bind
+from keysync_jax.train.autoencoder import FrameBatch
+from keysync_jax.train.autoencoder import objective as vae_objective
 from keysync_jax.train.batch import Batch
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import TrainConfig, VAETrainConfig
 from keysync_jax.train.optimizer import partition
 from keysync_jax.train.step import draw_clips, draw_noise, make_step
 from keysync_jax.typing import Params
@@ -98,6 +101,22 @@ def step_flops(
     jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, batch_shapes(config)).jaxpr
     needed = [i < len(trainable) for i in range(len(jaxpr.invars))]
     return training_flops(jaxpr, needed)[0]
+
+
+def vae_step_flops(config: VAETrainConfig, graphdef: nnx.GraphDef, params: Params) -> int:
+    """Operations of one step of a VAE's run over all devices; nothing is allocated or compiled."""
+    shape = (config.batch_size, config.crop_size, config.crop_size)
+    batch = FrameBatch(
+        jax.ShapeDtypeStruct((*shape, 3), jnp.uint8), jax.ShapeDtypeStruct((*shape, 1), jnp.uint8)
+    )
+    trainable, frozen = partition(config.optimizer, params)
+
+    def loss(trainable: Params, frozen: Params, batch: FrameBatch) -> Any:
+        vae = bind(graphdef, {**frozen, **trainable})
+        return vae_objective(config.loss, vae, batch, jax.random.key(0))[0]
+
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, batch).jaxpr
+    return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
 
 
 def training_flops(jaxpr: Jaxpr, needed: Sequence[bool]) -> tuple[int, list[bool]]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.pipeline.workspace import write_text
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.typing import Frames
 
 PREVIEW_FPS = 25
@@ -37,12 +37,12 @@ class Logs:
       show: draw a progress bar on stderr.
     """
 
-    def __init__(self, workdir: Path, config: TrainConfig, start: int, active: bool, show: bool = True):
+    def __init__(self, workdir: Path, config: AnyTrainConfig, start: int, active: bool, show: bool = True):
         self._workdir, self._active = workdir, active
         self._bar = tqdm(
             total=config.steps,
             initial=start,
-            desc=f"train {config.stage.kind}",
+            desc=f"train {config.stage.kind if isinstance(config, TrainConfig) else 'VAE'}",
             unit=" step",
             disable=not (active and show),
             file=sys.stderr,
@@ -166,7 +166,7 @@ def _keep_until(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _open_wandb(workdir: Path, config: TrainConfig) -> Any:
+def _open_wandb(workdir: Path, config: AnyTrainConfig) -> Any:
     """A W&B run that goes on where this workdir's was, or None where there cannot be one."""
     try:
         import wandb

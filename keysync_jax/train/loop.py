@@ -1,31 +1,34 @@
 """The training loop: begin or go on, step, tell, save, and stop in good order."""
 
+import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from keysync_jax.errors import UserError
-from keysync_jax.model import Network, open_model
-from keysync_jax.nn.functional import shapes
-from keysync_jax.train.batch import Batch
+from keysync_jax.model import open_model
+from keysync_jax.nn.functional import Make, shapes
+from keysync_jax.train.autoencoder import FrameSamples, VAEStep, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
-from keysync_jax.train.config import TrainConfig
-from keysync_jax.train.data import make_loader
-from keysync_jax.train.flops import device_peak, step_flops
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
+from keysync_jax.train.data import Samples, load
+from keysync_jax.train.flops import device_peak, step_flops, vae_step_flops
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.preview import Preview
 from keysync_jax.train.records import Dataset, check_alike, check_fits
 from keysync_jax.train.sharding import (
+    AnyStep,
     Run,
     jit_step,
     make_mesh,
@@ -33,8 +36,11 @@ from keysync_jax.train.sharding import (
     shardings,
     state_from,
 )
-from keysync_jax.train.start import first_weights, load_perceptual, load_vae
+from keysync_jax.train.start import Weights, first_weights, load_perceptual, load_vae, random_weights
 from keysync_jax.train.step import Metrics, TrainState, init_state, make_stage, make_step
+from keysync_jax.typing import Params
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class Outcome:
     signal: int | None = None
 
 
-def train(config: TrainConfig, workdir: str | Path, show: bool = True) -> Outcome:
-    """Trains one stage, from the beginning or from the last checkpoint in `workdir`.
+def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Outcome:
+    """Trains one stage, or a VAE, from the beginning or from the last checkpoint in `workdir`.
 
     A batch and all noise are functions of (seed, step), and the state is restored bit for bit, so an
     interrupted run goes through the same losses as one that was not. SIGTERM and SIGINT let the step under
@@ -68,24 +74,84 @@ def train(config: TrainConfig, workdir: str | Path, show: bool = True) -> Outcom
     """
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh, config.batch_size)
-    datasets = open_datasets(config)
-    vae = load_vae(config) if config.loss.pixel != "none" or config.log.preview_every else None
-    preview = None
-    if config.log.preview_every and vae is not None:
-        preview = Preview(config, _preview_dataset(config, datasets), vae)
+    job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
     settle_config(workdir, config)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         start = checkpoints.latest or 0
         if start >= config.steps:
             return Outcome(start)
-        loader = make_loader(config, datasets, jax.process_index(), jax.process_count(), start)
+        loader = load(config, job.samples, jax.process_index(), jax.process_count(), start)
         batches = stack.enter_context(closing(loader))
-        session = _Session(config, mesh, checkpoints, vae, preview)
+        session = _Session(job, mesh, checkpoints)
         state = session.first_state()
         logs = stack.enter_context(Logs(workdir, config, start, jax.process_index() == 0, show))
         signals = stack.enter_context(StopSignals())
         return session.steps(state, start, batches, logs, signals)
+
+
+class _Job(Protocol):
+    """What kinds of runs differ in.
+
+    Attributes:
+      samples: number -> sample.
+      make: builds the network.
+      preview: of the stages, where one is asked for.
+    """
+
+    samples: Callable[[int], Any]
+    make: Make
+    preview: Preview | None
+
+    @property
+    def config(self) -> AnyTrainConfig: ...
+
+    def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
+        """The step of a network with parameters of these shapes, and its operations."""
+        ...
+
+    def first_weights(self) -> Weights:
+        """Parameters before the first step."""
+        ...
+
+
+class _StageJob:
+    """A run that trains a stage."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.make = config, make_stage(config)
+        datasets = open_datasets(config)
+        self.vae = load_vae(config) if config.loss.pixel != "none" or config.log.preview_every else None
+        self.preview: Preview | None = None
+        if config.log.preview_every and self.vae is not None:
+            self.preview = Preview(config, _preview_dataset(config, datasets), self.vae)
+        samples = Samples(config, datasets)
+        log.info("%s", samples.usable.summary())
+        self.samples: Callable[[int], Any] = samples
+
+    def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
+        perceptual = load_perceptual(self.config)
+        flops = step_flops(self.config, graphdef, wanted, self.vae, perceptual)
+        return make_step(self.config, graphdef, self.vae, perceptual), flops
+
+    def first_weights(self) -> Weights:
+        return first_weights(self.config)
+
+
+class _VAEJob:
+    """A run that trains a VAE."""
+
+    def __init__(self, config: VAETrainConfig):
+        self.config, self.make = config, make_vae(config)
+        self.preview: Preview | None = None
+        datasets = [Dataset(path) for path in config.data.paths]
+        self.samples: Callable[[int], Any] = FrameSamples(config, datasets)
+
+    def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
+        return VAEStep(self.config, graphdef), vae_step_flops(self.config, graphdef, wanted)
+
+    def first_weights(self) -> Weights:
+        return random_weights(shapes(self.make)[1], self.config.seed)
 
 
 def open_datasets(config: TrainConfig) -> list[Dataset]:
@@ -125,30 +191,22 @@ def _preview_dataset(config: TrainConfig, datasets: list[Dataset]) -> Dataset:
 class _Session:
     """One run on one mesh: the compiled step, and what happens after each."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        mesh: Mesh,
-        checkpoints: Checkpoints,
-        vae: Network | None,
-        preview: Preview | None,
-    ):
-        self.config, self.mesh, self.checkpoints, self.preview = config, mesh, checkpoints, preview
-        self.graphdef, self.wanted = shapes(make_stage(config))
-        self.abstract = abstract_state(config, mesh, self.wanted)
-        perceptual = load_perceptual(config)
-        step = make_step(config, self.graphdef, vae, perceptual)
+    def __init__(self, job: _Job, mesh: Mesh, checkpoints: Checkpoints):
+        self.job, self.config, self.preview = job, job.config, job.preview
+        self.mesh, self.checkpoints = mesh, checkpoints
+        self.graphdef, wanted = shapes(job.make)
+        self.abstract = abstract_state(self.config, mesh, wanted)
+        step, self.flops = job.step(self.graphdef, wanted)
         self.run: Run = jit_step(mesh, step, self.abstract)
-        self.flops = step_flops(config, self.graphdef, self.wanted, vae, perceptual)
 
     def first_state(self) -> TrainState:
         """The last checkpoint's state, else the one before the first step."""
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(self.abstract)
-        return state_from(self.mesh, self.config, first_weights(self.config))
+        return state_from(self.mesh, self.config, self.job.first_weights())
 
     def steps(
-        self, state: TrainState, start: int, batches: Iterator[Batch], logs: Logs, signals: "StopSignals"
+        self, state: TrainState, start: int, batches: Iterator[Any], logs: Logs, signals: "StopSignals"
     ) -> Outcome:
         """Steps until the last one or a signal; what was done last is saved."""
         config, meter = self.config, Meter(self.config, self.flops)
@@ -188,7 +246,7 @@ class _Session:
         )
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh, params: dict[str, jax.ShapeDtypeStruct]) -> TrainState:
+def abstract_state(config: AnyTrainConfig, mesh: Mesh, params: dict[str, jax.ShapeDtypeStruct]) -> TrainState:
     """Shapes and shardings of a run's state.
 
     Args:
@@ -214,7 +272,7 @@ class Meter:
     A step's numbers are fetched when the next one is under way, so that looking at them waits for nothing.
     """
 
-    def __init__(self, config: TrainConfig, flops: int):
+    def __init__(self, config: AnyTrainConfig, flops: int):
         self._config, self._flops = config, flops
         self._pending: tuple[int, Metrics] | None = None
         self._rows: list[dict[str, float]] = []

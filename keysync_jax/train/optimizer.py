@@ -1,7 +1,8 @@
-"""AdamW with warm-up, what it may move, and the moving average of the weights."""
+"""AdamW or Muon with warm-up, what it may move, and the moving average of the weights."""
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,25 +50,40 @@ def learning_rate(config: OptimizerConfig, update: Array) -> Array:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Clipping by the global norm, then AdamW as PyTorch's: decay decoupled, eps beside sqrt(v).
+    """Clipping by the global norm, then AdamW as PyTorch's (decay decoupled, eps beside sqrt(v)) or Muon.
 
     With `accumulate` above 1 the parameters move at every such batch alone, by the mean gradient.
     """
-    parts = [
-        optax.adamw(
-            lambda update: learning_rate(config, update),
-            b1=config.b1,
-            b2=config.b2,
+
+    def rate(update: Array) -> Array:
+        return learning_rate(config, update)
+
+    adam = {"b1": config.b1, "b2": config.b2}
+    if config.kind == "muon":
+        # Updates of a root mean square of 0.2, about AdamW's (Liu et al., 2025), so that one rate fits both.
+        step = optax.contrib.muon(
+            rate,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+            **{f"adam_{name}": value for name, value in adam.items()},
         )
-    ]
-    if config.clip:
-        parts.insert(0, optax.clip_by_global_norm(config.clip))
-    optimizer = optax.chain(*parts)
+    else:
+        step = optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, **adam)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), step) if config.clip else step
     if config.accumulate > 1:
         return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
     return optimizer
+
+
+def _matrices(params: Params) -> dict[str, Any]:
+    """How each kernel is a matrix, inputs (and places of a convolution) by outputs; None for all else."""
+    dims = optax.contrib.MuonDimensionNumbers
+    return {
+        path: dims(tuple(range(x.ndim - 1)), x.ndim - 1) if path.endswith(".kernel") else None
+        for path, x in params.items()
+    }
 
 
 def moving_average(config: OptimizerConfig, ema: Params, params: Params, moved: Array) -> dict[str, Array]:

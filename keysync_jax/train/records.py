@@ -30,7 +30,7 @@ import cv2
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from keysync_jax.config import EncoderKind, from_dict, to_dict
+from keysync_jax.config import EncoderKind, encoder_name, from_dict, to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.tensorfile import sha256_of
 from keysync_jax.train.config import TrainConfig
@@ -51,13 +51,16 @@ _READER = "readahead_buffer_size:0"
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-LatentKind = Literal["posterior", "sample"]
+LatentKind = Literal["posterior", "sample", "none"]
 Record = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """Which audio features: their width, and the SHA-256 of the encoder's file (None: not known)."""
+    """Which audio features: their width, and the SHA-256 of the encoder's file (None: not known).
+
+    Log-mel, which has no file, has that of its settings.
+    """
 
     dim: int
     sha256: str | None
@@ -68,8 +71,8 @@ class Settings:
     """What every clip of a dataset was prepared with.
 
     Attributes:
-      crop_size, latent_size: sides of the square crop in pixels and of its latent.
-      latents: whether the posterior is stored or one sample of it.
+      crop_size, latent_size: sides of the square crop in pixels and of its latent (0 without latents).
+      latents: whether the posterior is stored, one sample of it, or nothing (for training a VAE).
       frames: whether the pixels are there.
       vae: SHA-256 of the VAE's file in the model directory; None: not known.
       encoders: audio features by kind of encoder.
@@ -370,7 +373,8 @@ class Dataset:
     def _check_record(self, clip: ClipInfo, record: Record) -> None:
         settings = self.settings
         latent = (settings.latent_size, settings.latent_size, 4)
-        wanted: dict[str, tuple[int, ...]] = {"mean": latent, "landmarks": (68, 2)}
+        wanted: dict[str, tuple[int, ...]] = {"landmarks": (68, 2)}
+        wanted |= {"mean": latent} if settings.latents != "none" else {}
         wanted |= {"logvar": latent} if settings.latents == "posterior" else {}
         for kind, encoder in settings.encoders.items():
             wanted |= {audio_name(kind, shift): (2, encoder.dim) for shift in (0.0, *settings.pitch)}
@@ -395,6 +399,8 @@ def check_fits(dataset: Dataset, config: TrainConfig, hashes: Mapping[str, str] 
         shifted voices for `data.pitch`.
     """
     folder, settings, stage = dataset.folder, dataset.settings, config.stage
+    if settings.latents == "none":
+        raise UserError(f"{folder}: holds frames for training a VAE, no latents; prepare it with --model")
     encoder = settings.encoders.get(stage.audio_encoder)
     if encoder is None:
         found = ", ".join(sorted(settings.encoders)) or "no"
@@ -442,5 +448,5 @@ def check_alike(datasets: Sequence[Dataset], kind: EncoderKind) -> None:
 def _prepared_with(dataset: Dataset, kind: EncoderKind) -> dict[str, str]:
     """SHA-256 by file name of the VAE and the encoder of this kind, where the dataset knows them."""
     settings = dataset.settings
-    files = {"vae.safetensors": settings.vae, f"audio_{kind}.safetensors": settings.encoders[kind].sha256}
+    files = {"vae.safetensors": settings.vae, encoder_name(kind): settings.encoders[kind].sha256}
     return {file: sha256 for file, sha256 in files.items() if sha256 is not None}

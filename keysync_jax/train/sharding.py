@@ -8,7 +8,7 @@ it is met at the edge of jit alone.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -17,14 +17,28 @@ from jax.tree_util import DictKey, KeyPath
 
 from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import Make, init
-from keysync_jax.train.batch import Batch
-from keysync_jax.train.config import MeshConfig, TrainConfig
-from keysync_jax.train.step import Metrics, Step, TrainState, init_state
+from keysync_jax.train.config import AnyTrainConfig, MeshConfig, TrainConfig
+from keysync_jax.train.step import Metrics, TrainState, init_state
 from keysync_jax.typing import Params
 
 AXES = ("data", "fsdp")
 
-Run = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+B = TypeVar("B")
+
+
+class AnyStep(Protocol):
+    """The step of a run of any kind: `train.step.Step`, `train.autoencoder.VAEStep`."""
+
+    @property
+    def config(self) -> AnyTrainConfig: ...
+
+    @property
+    def aids(self) -> dict[str, Params]: ...
+
+    def apply(self, state: TrainState, aids: dict[str, Params], batch: Any) -> tuple[TrainState, Metrics]: ...
+
+
+Run = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -135,10 +149,10 @@ def place(tree: Any, placed: Any) -> Any:
     return jax.tree.map(put, tree, placed)
 
 
-def place_batch(mesh: Mesh, batch: Batch) -> Batch:
+def place_batch(mesh: Mesh, batch: B) -> B:
     """This process's rows of a batch (numpy), as its part of the global one."""
     sharding = batch_sharding(mesh)
-    return Batch(*(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def new_state(mesh: Mesh, config: TrainConfig, make: Make) -> TrainState:
@@ -150,7 +164,7 @@ def new_state(mesh: Mesh, config: TrainConfig, make: Make) -> TrainState:
     return jax.jit(build, out_shardings=shardings(mesh, config.mesh, jax.eval_shape(build)))()
 
 
-def state_from(mesh: Mesh, config: TrainConfig, params: Params) -> TrainState:
+def state_from(mesh: Mesh, config: AnyTrainConfig, params: Params) -> TrainState:
     """The state before the first step from a checkpoint's arrays (numpy), as `place` takes them."""
     arrays = {path: np.asarray(x, np.float32) for path, x in params.items()}
     placed = place(arrays, shardings(mesh, config.mesh, arrays))
@@ -162,7 +176,7 @@ def state_from(mesh: Mesh, config: TrainConfig, params: Params) -> TrainState:
     return jax.jit(build, out_shardings=wanted, donate_argnums=0)(placed)
 
 
-def jit_step(mesh: Mesh, step: Step, state: TrainState) -> Run:
+def jit_step(mesh: Mesh, step: AnyStep, state: TrainState) -> Run:
     """The step compiled for a mesh; its state is donated.
 
     Args:
@@ -174,13 +188,13 @@ def jit_step(mesh: Mesh, step: Step, state: TrainState) -> Run:
     jitted, placed = _jitted(mesh, step, state)
     aids = place(jax.tree.map(np.asarray, step.aids), placed)
 
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         return jitted(state, aids, batch)
 
     return run
 
 
-def _jitted(mesh: Mesh, step: Step, state: TrainState) -> tuple[Any, Any]:
+def _jitted(mesh: Mesh, step: AnyStep, state: TrainState) -> tuple[Any, Any]:
     """The jitted `step.apply`, and the shardings of its judging networks."""
     placed = shardings(mesh, step.config.mesh, state)
     aids = shardings(mesh, step.config.mesh, step.aids)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -35,13 +36,18 @@ def first_weights(config: TrainConfig) -> Weights:
     """
     kind, path = config.init.kind, Path(config.init.path)
     if kind == "none":
-        rng = np.random.default_rng(config.seed)
-        return {p: _random(p, shape, rng) for p, shape in stage_shapes(config.stage).items()}
+        return random_weights(shapes(lambda rngs: stage(config.stage, rngs=rngs))[1], config.seed)
     if not config.init.path:
         raise UserError(
             f"init.path is empty: init.kind={kind} needs a checkpoint; give --config.init.path=PATH"
         )
     return _from_svd(config, path) if kind == "svd" else _from_keysync(config.stage, path)
+
+
+def random_weights(wanted: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> Weights:
+    """Parameters of a network that nobody trained, a function of the seed."""
+    rng = np.random.default_rng(seed)
+    return {path: _random(path, leaf.shape, rng) for path, leaf in wanted.items()}
 
 
 def load_vae(config: TrainConfig) -> Network:
@@ -163,9 +169,7 @@ def _vae_weights(config: TrainConfig) -> tuple[VAEConfig, Weights]:
                 "init.vae is empty: the pixel loss and the previews need the VAE's weights; "
                 "give --config.init.vae=PATH, or set loss.pixel=none"
             )
-        rng = np.random.default_rng(config.seed)
-        wanted = vae_shapes(config).params
-        return config.vae, {p: _random(p, leaf.shape, rng) for p, leaf in wanted.items()}
+        return config.vae, random_weights(vae_shapes(config).params, config.seed)
     path = Path(config.init.vae)
     if (path / "vae.safetensors").is_file():
         model = open_model(path)

@@ -19,7 +19,7 @@ from keysync_jax.model import DTYPES, Network
 from keysync_jax.nn.functional import Make, bind
 from keysync_jax.nn.stages import stage
 from keysync_jax.train.batch import Batch
-from keysync_jax.train.config import LossConfig, TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, LossConfig, TrainConfig
 from keysync_jax.train.optimizer import learning_rate, make_optimizer, moving_average, partition
 from keysync_jax.typing import Array, Params
 
@@ -88,7 +88,7 @@ def make_stage(config: TrainConfig) -> Make:
     return lambda rngs: stage(config.stage, dtype=dtype, remat=config.remat, rngs=rngs)
 
 
-def init_state(config: TrainConfig, params: Params) -> TrainState:
+def init_state(config: AnyTrainConfig, params: Params) -> TrainState:
     """The state before the first step.
 
     Args:

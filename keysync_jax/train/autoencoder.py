@@ -1,0 +1,175 @@
+"""Training of a VAE on single frames: its samples and its step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from keysync_jax.errors import UserError
+from keysync_jax.model import DTYPES
+from keysync_jax.nn.functional import Make, bind
+from keysync_jax.nn.vae import VAE, Posterior
+from keysync_jax.train.config import VAELossConfig, VAETrainConfig
+from keysync_jax.train.data import Epochs
+from keysync_jax.train.optimizer import learning_rate, make_optimizer, moving_average
+from keysync_jax.train.records import Dataset, decode_frame
+from keysync_jax.train.step import Metrics, TrainState
+from keysync_jax.typing import Array, Params
+
+MOUTH = slice(48, 68)
+"""Landmarks of the mouth."""
+
+_MARGIN = 0.5
+"""Width that is added around the mouth's bounding box, as a share of the box's own."""
+
+
+class FrameBatch(NamedTuple):
+    """B frames; numpy arrays from the data, device arrays in the step.
+
+    Attributes:
+      frame: uint8 `[B, S, S, 3]`.
+      mouth: uint8 `[B, S, S, 1]`, 1 in a box around the mouth.
+    """
+
+    frame: Array
+    mouth: Array
+
+
+class FrameSamples:
+    """Sample n of a run: a frame with a face, a function of (seed, n) alone; picklable.
+
+    Raises:
+      UserError: no dataset, one of another size, or none with pixels of a face.
+    """
+
+    def __init__(self, config: VAETrainConfig, datasets: Sequence[Dataset]):
+        if not datasets:
+            raise UserError("data.paths is empty; give the folder of a prepared dataset")
+        for dataset in datasets:
+            _check_fits(dataset, config.crop_size)
+        self.config, self.datasets = config, tuple(datasets)
+        clips = [(d, c) for d, dataset in enumerate(datasets) for c in range(len(dataset.clips))]
+        self.clips = [(d, c) for d, c in clips if datasets[d].clips[c].present.any()]
+        if not self.clips:
+            raise UserError(f"{datasets[0].folder}: no frame of its clips has a face")
+        length = config.steps * config.batch_size
+        self._order = Epochs(tuple(range(len(self.clips))), config.seed, length)
+
+    def __call__(self, number: int) -> FrameBatch:
+        """Sample `number`: a FrameBatch without its first axis."""
+        rng = np.random.default_rng([self.config.seed, number])
+        which, clip = self.clips[self._order[number]]
+        dataset = self.datasets[which]
+        index = int(rng.choice(np.flatnonzero(dataset.clips[clip].present)))
+        record = dataset.read(clip, [index], ["frame", "landmarks"])[0]
+        frame = decode_frame(record["frame"])
+        sample = FrameBatch(frame, mouth_region(record["landmarks"], len(frame))[..., None])
+        if rng.random() < self.config.data.flip:
+            return FrameBatch(*(array[:, ::-1] for array in sample))
+        return sample
+
+
+def _check_fits(dataset: Dataset, crop_size: int) -> None:
+    if not dataset.settings.frames:
+        raise UserError(f"{dataset.folder}: has no pixels, which a VAE is trained on")
+    if dataset.settings.crop_size != crop_size:
+        raise UserError(
+            f"{dataset.folder}: holds crops of side {dataset.settings.crop_size}, "
+            f"the config asks for {crop_size}"
+        )
+
+
+def mouth_region(landmarks: np.ndarray, size: int) -> np.ndarray:
+    """1 in the mouth's bounding box with a margin: landmarks `[68, 2]` in pixels -> uint8 `[size, size]`."""
+    points = landmarks[MOUTH]
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = _MARGIN * (high - low).max() / 2
+    (left, top), (right, bottom) = low - margin, high + margin
+    rows, columns = np.mgrid[:size, :size] + 0.5
+    inside = (columns >= left) & (columns <= right) & (rows >= top) & (rows <= bottom)
+    return inside.astype(np.uint8)
+
+
+def make_vae(config: VAETrainConfig) -> Make:
+    """Builds the network that a run trains."""
+    dtype = DTYPES[config.dtype]
+    return lambda rngs: VAE(config.vae, dtype=dtype, remat=config.remat, rngs=rngs)
+
+
+def objective(config: VAELossConfig, vae: Any, batch: FrameBatch, key: Array) -> tuple[Array, Metrics]:
+    """The loss of frames through a bound `nn.vae.VAE`, and its parts; each frame is decoded alone."""
+    frames = batch.frame.astype(jnp.float32) / 127.5 - 1
+    posterior = vae.encode(frames)
+    # The step's latents are raw, the decoder takes scaled ones.
+    decoded = vae.decode(posterior.sample(key)[:, None] * vae.config.scale_factor)[:, 0]
+    error, mouth = decoded - frames, batch.mouth.astype(jnp.float32)
+    weight = 1 + (config.mouth - 1) * mouth
+    weight /= weight.mean()
+    l1, l2 = (weight * jnp.abs(error)).mean(), (weight * error**2).mean()
+    kl = divergence(posterior).mean()
+    metrics = {
+        "loss": config.l1 * l1 + config.l2 * l2 + config.kl * kl,
+        "loss_l1": l1,
+        "loss_l2": l2,
+        "kl": kl,
+        "latent_std": posterior.mean.std(),
+        "psnr": psnr(decoded, frames, jnp.ones_like(mouth)),
+        "psnr_mouth": psnr(decoded, frames, mouth),
+    }
+    return metrics["loss"], metrics
+
+
+def divergence(posterior: Posterior) -> Array:
+    """Kullback-Leibler divergence from a standard normal, in nats, of every number."""
+    mean, logvar = posterior
+    return 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar)
+
+
+def psnr(frames: Array, truth: Array, region: Array) -> Array:
+    """Peak signal-to-noise ratio in dB of frames in [-1, 1], over a region `[B, S, S, 1]` of ones."""
+    error = (jnp.clip(frames, -1, 1) - truth) ** 2 * region
+    mse = error.sum() / jnp.maximum(3 * region.sum(), 1)
+    return 10 * jnp.log10(4 / jnp.maximum(mse, 1e-10))
+
+
+@dataclass(frozen=True)
+class VAEStep:
+    """`apply(state, {}, batch) -> (state, metrics)`, pure; noise is a function of (seed, step).
+
+    Attributes:
+      graphdef: of `make_vae(config)`.
+    """
+
+    config: VAETrainConfig
+    graphdef: nnx.GraphDef
+
+    @property
+    def aids(self) -> dict[str, Params]:
+        """Networks that only judge: there are none."""
+        return {}
+
+    def apply(
+        self, state: TrainState, aids: dict[str, Params], batch: FrameBatch
+    ) -> tuple[TrainState, Metrics]:
+        """One update by the gradient of `objective`."""
+        config = self.config.optimizer
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+
+        def loss(params: Params) -> tuple[Array, Metrics]:
+            return objective(self.config.loss, bind(self.graphdef, {**state.frozen, **params}), batch, key)
+
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates, opt_state = make_optimizer(config).update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        moved = (state.step + 1) % config.accumulate == 0
+        ema = None if state.ema is None else moving_average(config, state.ema, params, moved)
+        metrics |= {
+            "grad_norm": optax.tree.norm(gradient),
+            "learning_rate": learning_rate(config, state.step // config.accumulate),
+        }
+        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
