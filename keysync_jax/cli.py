@@ -62,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_train(commands)
     _add_export(commands)
+    _add_init(commands)
+    _add_synth(commands)
+    _add_synth_eval(commands)
+    _add_demo(commands)
     _add_parity(commands)
     return parser
 
@@ -131,6 +135,12 @@ def _add_dub(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--allow-download", action="store_true", help="fetch the detector's model file if needed"
     )
     parser.add_argument(
+        "--occluder",
+        type=Path,
+        metavar="FILE",
+        help=".npy or .npz masks [frames, H, W] of what lies before the face",
+    )
+    parser.add_argument(
         "--steps", type=int, metavar="N", help="align-your-steps, 10 or more (default: the model's)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
@@ -153,6 +163,7 @@ def _dub(arguments: argparse.Namespace) -> int:
         landmarks=arguments.landmarks,
         landmark_model=arguments.landmark_model,
         allow_download=arguments.allow_download,
+        occluder=arguments.occluder,
         steps=arguments.steps,
         seed=arguments.seed,
         dtype=arguments.dtype,
@@ -181,6 +192,9 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("-o", "--output", type=Path, metavar="DATASET")
     parser.add_argument("--check", type=Path, metavar="DATASET", help="check a dataset, and stop")
     parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="whose VAE and audio encoders to use")
+    parser.add_argument(
+        "--crop", type=int, metavar="SIZE", help="without --model: crops alone, to train a VAE on"
+    )
     parser.add_argument("--encoders", default="", metavar="KIND,KIND", help="default: all of the model's")
     parser.add_argument(
         "--pitch",
@@ -224,6 +238,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=arguments.dtype,
         workers=arguments.workers,
+        crop=arguments.crop,
     )
     source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
     print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())
@@ -252,6 +267,132 @@ def _train(arguments: argparse.Namespace) -> int:
     return run(arguments, arguments.overrides)
 
 
+def _add_init(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("init", help="a model directory to start training from")
+    parser.add_argument("--vae", type=Path, required=True, metavar="RUN", help="run that trained its VAE")
+    for stage in ("keyframe", "interpolation"):
+        parser.add_argument(
+            f"--{stage}", type=Path, required=True, metavar="FILE", help="config of that stage's run"
+        )
+    parser.add_argument("--average", action="store_true", help="take the moving average of the VAE's weights")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
+    parser.set_defaults(run=_init, resumable=False, less_memory="run it on the CPU")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from keysync_jax.launch.train import load_stage_config
+    from keysync_jax.train.new_model import new_model
+
+    stages = (load_stage_config(arguments.keyframe), load_stage_config(arguments.interpolation))
+    new_model(arguments.vae, *stages, arguments.output, arguments.average)
+    print(f"wrote {arguments.output}; its stages are untrained")
+    return 0
+
+
+def _add_synth(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("synth", help="clips of synthetic talking heads, with their truth")
+    parser.add_argument("-n", "--clips", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the clips")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the world (default 0)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of a clip (default 8)")
+    parser.add_argument(
+        "--occluded", type=float, default=0.0, metavar="SHARE", help="clips with a hand or a microphone"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default 0: this one)")
+    parser.set_defaults(run=_synth, resumable=True, less_memory="make fewer clips at once")
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from keysync_jax.launch.synth import SynthSettings, synth
+
+    settings = SynthSettings(
+        clips=arguments.clips,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        occluded=arguments.occluded,
+        workers=arguments.workers,
+    )
+    made = synth(arguments.output, settings, show_progress=True)
+    print(f"{arguments.output}: {settings.clips} clips, {made} of them new")
+    return 0
+
+
+def _add_synth_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("synth-eval", help="measure a model where the truth is known")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="clips and dubs")
+    parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="default: the embedded model")
+    parser.add_argument("-n", "--clips", type=int, default=20, metavar="N", help="pairs (default 20)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a clip (default 4)")
+    parser.add_argument("--seed", type=int, default=1_000_003, metavar="S", help="of the world")
+    parser.add_argument(
+        "--ablations", action="store_true", help="measure variants of guidance, and occlusion, too"
+    )
+    parser.add_argument(
+        "--ablation-clips", type=int, default=8, metavar="N", help="pairs of a variant (default 8)"
+    )
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL_DIR",
+        help="another model, measured like a variant; may be repeated",
+    )
+    less = "try fewer --clips"
+    parser.set_defaults(run=_synth_eval, resumable=True, less_memory=less)
+
+
+def _synth_eval(arguments: argparse.Namespace) -> int:
+    _keep_compiled_programs()
+    from keysync_jax.launch.synth_eval import EvalSettings, evaluate, report
+    from keysync_jax.model import DEFAULT, open_model
+
+    settings = EvalSettings(
+        clips=arguments.clips,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        ablations=arguments.ablations,
+        ablation_clips=arguments.ablation_clips,
+    )
+    others = dict(_named_folder(text) for text in arguments.compare)
+    models = {name: open_model(folder) for name, folder in others.items()}
+    model = open_model(arguments.model or DEFAULT)
+    scores = evaluate(model, arguments.output, settings, models, show_progress=True)
+    print(report(scores))
+    return 1 if scores["model"].missed else 0
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UserError(f"--compare takes NAME=MODEL_DIR, not {text!r}")
+    return name, Path(folder)
+
+
+def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("demo", help="dub a synthetic clip with the embedded model")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="default: demo"
+    )
+    parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="default: the embedded model")
+    parser.add_argument("--number", type=int, default=0, metavar="N", help="of the person (default 0)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of the clip (default 5)")
+    parser.set_defaults(run=_demo, resumable=True, less_memory="try fewer --seconds")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _keep_compiled_programs()
+    from keysync_jax.launch.demo import demo
+    from keysync_jax.model import DEFAULT, open_model
+
+    if arguments.number < 0 or not 1 <= arguments.seconds <= 60:
+        raise UserError("a demo takes --number 0 or more and --seconds from 1 to 60")
+    model = open_model(arguments.model or DEFAULT)
+    found = demo(model, arguments.output, arguments.number, arguments.seconds, show_progress=True)
+    print(found.phases.table())
+    print(f"\n{found.scores.table()}\n\nwrote {found.dub} and {found.side_by_side}")
+    return 0
+
+
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("export", help="training runs to a model directory, or that to PyTorch")
     parser.add_argument(
@@ -260,6 +401,9 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--base", type=Path, metavar="MODEL_DIR", help="what the runs did not train")
     parser.add_argument("--average", action="store_true", help="take the moving averages of the weights")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: half the size (default fp32)"
+    )
     parser.add_argument("--to", choices=("reference", "diffusers"), help="a layout of PyTorch")
     parser.add_argument("--pickled", action="store_true", help="with --to reference: DeepSpeed's .pt")
     parser.set_defaults(run=_export, resumable=False, less_memory="run it on the CPU")
@@ -269,15 +413,16 @@ def _export(arguments: argparse.Namespace) -> int:
     from keysync_jax.train.export import export, export_torch
 
     if arguments.to is not None:
-        if len(arguments.source) != 1 or arguments.base is not None or arguments.average:
-            raise UserError("export --to takes one model directory, and neither --base nor --average")
+        only_of_runs = (arguments.base is not None, arguments.average, arguments.dtype != "fp32")
+        if len(arguments.source) != 1 or any(only_of_runs):
+            raise UserError("export --to takes one model directory, and no --base, --average or --dtype")
         export_torch(arguments.source[0], arguments.output, arguments.to, arguments.pickled)
     elif arguments.pickled:
         raise UserError("export --pickled goes with --to reference")
     elif arguments.base is None:
         raise UserError("export needs --base: the model directory with what the runs did not train")
     else:
-        export(arguments.source, arguments.output, arguments.base, arguments.average)
+        export(arguments.source, arguments.output, arguments.base, arguments.average, arguments.dtype)
     print(f"wrote {arguments.output}")
     return 0
 

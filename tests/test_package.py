@@ -27,6 +27,13 @@ def sources() -> dict[str, Path]:
     }
 
 
+def data() -> set[str]:
+    """Where the files install that travel with the sources: the mouth reader, the embedded model."""
+    files = (ROOT / "keysync_jax").rglob("*.safetensors")
+    models = (ROOT / "keysync_jax" / "models").rglob("config.json")
+    return {file.relative_to(ROOT).as_posix() for file in (*files, *models)}
+
+
 def modules(prefix: str = "keysync_jax") -> list[str]:
     names = (place.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for place in sources())
     return sorted(name for name in names if f"{name}.".startswith(f"{prefix}."))
@@ -45,7 +52,7 @@ def test_the_wheel_holds_all_modules_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
-    assert packed == set(sources())
+    assert packed == set(sources()) | data()
     assert len(licences) == 1
 
 

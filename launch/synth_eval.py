@@ -1,0 +1,283 @@
+"""How well a model dubs the synthetic world, whose truth is known: the job behind `keysync synth-eval`."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from keysync_jax.config import GuidanceConfig
+from keysync_jax.errors import UserError
+from keysync_jax.launch.pairs import Pair, read_mouths
+from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
+from keysync_jax.metrics.mouth import MouthReader, Mouths
+from keysync_jax.metrics.quality import flicker_ratio, psnr
+from keysync_jax.metrics.sync import mean_correlation, mean_lag
+from keysync_jax.model import Model
+from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.workspace import write_text
+
+SETTINGS = "eval.json"
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is measured.
+
+    Attributes:
+      clips: cross-sync pairs, of people and phrases that no training world has if its seed is another one.
+      seconds: length of each.
+      seed: of the world.
+      ablations: measure the variants of guidance, and occlusion, too, on the first `ablation_clips` pairs.
+    """
+
+    clips: int = 20
+    seconds: float = 4.0
+    seed: int = 1_000_003
+    ablations: bool = False
+    ablation_clips: int = 8
+
+    def __post_init__(self) -> None:
+        if self.clips < 2:
+            raise UserError(f"voices are shuffled among the clips, so 2 are the fewest, not {self.clips}")
+        if not self.ablation_clips >= 2:
+            raise UserError(f"ablations need 2 clips or more, not {self.ablation_clips}")
+        if not self.seconds >= 1:
+            raise UserError(f"a clip to measure on has 1 second or more, not {self.seconds:g}")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a measure must reach.
+
+    Attributes:
+      least, most: bounds; None: none on that side.
+    """
+
+    least: float | None = None
+    most: float | None = None
+
+    def met(self, value: float) -> bool:
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+    def __str__(self) -> str:
+        return f">= {self.least:g}" if self.least is not None else f"<= {self.most:g}"
+
+
+MEASURES: dict[str, tuple[str, Bar | None]] = {
+    "sync": ("correlation of the dubbed opening with the truth of the voice", Bar(least=0.85)),
+    "shuffled": ("the same, with the voices exchanged among the clips", Bar(most=0.2)),
+    "lag": ("frames by which the mouth is late", Bar(most=0)),
+    "lip_leak": ("LipLeak: std(MAR | silence) / std(MAR | speech)", Bar(most=0.2)),
+    "lip_leak_lite": ("share of frames with MAR > 0.25 in silence", None),
+    "source": ("correlation of the dubbed opening with the source's own", Bar(most=0.15)),
+    "psnr_outside": ("PSNR outside the mouth against the source's crop, dB", Bar(least=30)),
+    "psnr_truth": ("PSNR of the whole crop against the truth, dB", None),
+    "psnr_mouth": ("PSNR of the mouth against the truth, dB", None),
+    "psnr_vae": ("PSNR of the VAE alone over the face, dB", Bar(least=30)),
+    "flicker": ("frame difference in the mouth, dub over truth", Bar(most=1.3)),
+}
+"""Name -> what it says, and its bar; in the order of the report."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Measures of one model in one setting, by the names of `MEASURES`."""
+
+    clips: int
+    values: Mapping[str, float]
+
+    def table(self) -> str:
+        """One line a measure, with its bar and whether it is met."""
+        lines = []
+        for name, (what, bar) in MEASURES.items():
+            if name in self.values:
+                value = self.values[name]
+                verdict = "" if bar is None else f"{bar!s:>8}  {'ok' if bar.met(value) else 'MISSED'}"
+                lines.append(f"{name:<14} {value:8.3f} {verdict:<18} {what}")
+        return "\n".join(lines)
+
+    @property
+    def missed(self) -> list[str]:
+        """Names of the measures that do not reach their bars."""
+        bars = {name: bar for name, (_, bar) in MEASURES.items() if bar is not None}
+        return [n for n, bar in bars.items() if n in self.values and not bar.met(self.values[n])]
+
+
+Advance = Callable[[int], object]
+
+
+def measure(
+    model: Model,
+    pairs: Sequence[Pair],
+    output: Path,
+    reader: MouthReader,
+    advance: Advance,
+    *,
+    occluder: bool = False,
+    silence: bool = True,
+    vae: bool = False,
+) -> Scores:
+    """Dubs every pair, with its voice and (`silence`) with none, and measures the result.
+
+    Args:
+      output: folder of the dubs; those that are there are taken.
+      occluder: hand the pairs' occluder masks to the dub.
+      vae: measure the VAE alone too.
+    """
+    size = model.config.crop_size
+    dubs, quiet, rows = [], [], []
+    for pair in pairs:
+        frames = pair.dubbed(model, output / f"{pair.number:05d}.mp4", occluder=occluder)
+        dubs.append(read_mouths(reader, frames, pair))
+        rows.append(_pictures(pair, frames, size))
+        advance(1)
+        if silence:
+            still = pair.dubbed(model, output / f"{pair.number:05d}-silent.mp4", True, occluder)
+            quiet.append(read_mouths(reader, still, pair))
+            advance(1)
+        if vae:
+            rows[-1]["psnr_vae"] = psnr(
+                pair.reconstructed(model), pair.crops(pair.original, size), pair.face(size)
+            )
+    values = _of_mouths(pairs, dubs, quiet)
+    values |= {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return Scores(len(pairs), values)
+
+
+def _of_mouths(pairs: Sequence[Pair], dubs: Sequence[Mouths], quiet: Sequence[Mouths]) -> dict[str, float]:
+    """Measures of what the mouths do."""
+    truths = [pair.spoken.opening for pair in pairs]
+    spoken = [(dub.opening, truth) for dub, truth in zip(dubs, truths, strict=True)]
+    # Of a single pair, whose voice has none to be exchanged with, another moment of its own truth is taken.
+    others = truths[1:] + truths[:1] if len(truths) > 1 else [np.roll(t, len(t) // 2) for t in truths]
+    exchanged = [(dub.opening, truth) for dub, truth in zip(dubs, others, strict=True)]
+    sources = [(dub.opening, pair.unsaid.opening) for dub, pair in zip(dubs, pairs, strict=True)]
+    values = {
+        "sync": mean_correlation(spoken),
+        "shuffled": abs(mean_correlation(exchanged)),
+        "lag": float(mean_lag(spoken)),
+        "source": source_correlation(sources),
+    }
+    if quiet:
+        leaks = [lip_leak(still.mar, dub.mar) for still, dub in zip(quiet, dubs, strict=True)]
+        values["lip_leak"] = float(np.mean(leaks))
+        values["lip_leak_lite"] = float(np.mean([lip_leak_lite(still.mar) for still in quiet]))
+    return values
+
+
+def _pictures(pair: Pair, frames: np.ndarray, size: int) -> dict[str, float]:
+    """Measures of one dub's pixels, in its crop."""
+    dubbed, mouth = pair.crops(frames, size), pair.mouth(size)
+    truth = pair.crops(pair.spoken.frames, size)
+    return {
+        "psnr_outside": psnr(dubbed, pair.crops(pair.original, size), ~mouth),
+        "psnr_truth": psnr(dubbed, truth),
+        "psnr_mouth": psnr(dubbed, truth, mouth),
+        "flicker": flicker_ratio(dubbed, truth, mouth),
+    }
+
+
+def guided(model: Model, guidance: GuidanceConfig) -> Model:
+    """The same model with another guidance."""
+    return replace(model, config=replace(model.config, guidance=guidance))
+
+
+VARIANTS = {
+    "audio guidance 1": GuidanceConfig("separated", audio=1.0, identity=1.5),
+    "audio guidance 3": GuidanceConfig("separated", audio=3.0, identity=1.5),
+    "audio guidance 5": GuidanceConfig("separated", audio=5.0, identity=1.5),
+    "plain CFG 2": GuidanceConfig("cfg", scale=2.0),
+    "no guidance": GuidanceConfig("none"),
+}
+
+
+def evaluate(
+    model: Model,
+    output: str | Path,
+    settings: EvalSettings | None = None,
+    others: Mapping[str, Model] | None = None,
+    show_progress: bool = False,
+) -> dict[str, Scores]:
+    """Measures a model on held-out clips of the synthetic world.
+
+    Args:
+      output: folder for clips and dubs, new or begun with the same model and settings; what is there is
+        taken, so an interrupted call goes on.
+      others: further models by name, e.g. trained without the pixel loss; measured like an ablation.
+
+    Returns:
+      Scores by name; "model" is that of the model itself.
+
+    Raises:
+      UserError: the folder was begun with something else, or a model cannot dub these clips.
+    """
+    output, settings, others = Path(output), settings or EvalSettings(), others or {}
+    _settle(output, model, settings)
+    reader, phases = MouthReader.load(), Phases(show=show_progress)
+    pairs = [_pair(output, settings, number) for number in range(settings.clips)]
+    with phases.phase("model", 2 * len(pairs), "dubs") as advance:
+        scores = {"model": measure(model, pairs, output / "model", reader, advance, vae=True)}
+    few = pairs[: settings.ablation_clips]
+    variants = VARIANTS if settings.ablations else {}
+    models = {**{name: guided(model, guidance) for name, guidance in variants.items()}, **others}
+    for name, other in models.items():
+        folder = output / name.replace(" ", "-")
+        with phases.phase(name, 2 * len(few), "dubs") as advance:
+            scores[name] = measure(other, few, folder, reader, advance)
+    if settings.ablations:
+        scores |= _occlusion(model, output, settings, reader, phases)
+    write_text(output / "scores.json", json.dumps({n: asdict(s) for n, s in scores.items()}, indent=1) + "\n")
+    return scores
+
+
+def _occlusion(
+    model: Model, output: Path, settings: EvalSettings, reader: MouthReader, phases: Phases
+) -> dict[str, Scores]:
+    """Clips in which something covers the mouth, with and without its masks."""
+    pairs = [_pair(output, settings, number, True) for number in range(settings.ablation_clips)]
+    scores = {}
+    for name, handled in (("occluded, as it is", False), ("occluded, handled", True)):
+        folder = output / name.replace(", ", "-").replace(" ", "-")
+        with phases.phase(name, len(pairs), "dubs") as advance:
+            scores[name] = measure(model, pairs, folder, reader, advance, occluder=handled, silence=False)
+    return scores
+
+
+def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = False) -> Pair:
+    # Occluded pairs are other clips, so that no file of theirs has the name of an open one's.
+    folder, first = ("occluded", 50_000) if occluded else ("clips", 0)
+    return Pair(output / folder, settings.seed, first + number, settings.seconds, occluded)
+
+
+def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
+    """Makes the folder and notes what it is for, or checks that it was begun for the same."""
+    wanted = {
+        "model": dict(model.hashes),
+        "guidance": asdict(model.config.guidance),
+        "seconds": settings.seconds,
+        "seed": settings.seed,
+    }
+    path = output / SETTINGS
+    if path.is_file():
+        if json.loads(path.read_bytes()) != wanted:
+            raise UserError(f"{output}: holds dubs of another model or other clips; give another folder")
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists already and holds something else; give a name for a new folder")
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(wanted, indent=1) + "\n")
+
+
+def report(scores: Mapping[str, Scores]) -> str:
+    """The model's table, then a row for every variant."""
+    lines = [f"{scores['model'].clips} clips", scores["model"].table()]
+    others = {name: s for name, s in scores.items() if name != "model"}
+    if others:
+        names = [n for n in MEASURES if n not in ("psnr_vae", "lag", "lip_leak_lite")]
+        lines += ["", f"{'':<22}" + "".join(f"{n:>14}" for n in names)]
+        for name, score in {"model": scores["model"], **others}.items():
+            cells = [f"{score.values[n]:14.3f}" if n in score.values else f"{'-':>14}" for n in names]
+            lines.append(f"{name:<22}" + "".join(cells) + f"   ({score.clips} clips)")
+    return "\n".join(lines)
