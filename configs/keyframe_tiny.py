@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
         loss=LossConfig(p_mean=0.5, p_std=1.4),
         optimizer=OptimizerConfig(
             kind="muon",
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup=200,
             b2=0.99,
             weight_decay=0.0,

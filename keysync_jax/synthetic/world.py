@@ -114,7 +114,8 @@ def truth_of(clip: SyntheticClip, pictures: list[Picture]) -> dict[str, np.ndarr
     """Ground truth of a clip's frames, by name.
 
     `opening`, `width`, `rounding`, `teeth`: of the articulation, `[T]`. `mar`: mouth aspect ratio of the
-    inner lips. `gap`, `mouth_width`: of the inner lips, in pixels. `phoneme`: symbols. `landmarks`: `[T, 68, 2]`.
+    inner lips. `gap`, `mouth_width`: of the inner lips, in pixels. `phoneme`: symbols. `landmarks`:
+    `[T, 68, 2]`.
     `occluder`: uint8 `[T, S, S]`, 1 where something covers the face; only where the clip has one.
     """
     symbols = np.array([phoneme.symbol for phoneme in PHONEMES])

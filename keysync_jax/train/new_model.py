@@ -15,7 +15,8 @@ from keysync_jax.train.autoencoder import FrameSamples
 from keysync_jax.train.checkpoint import Checkpoints, read_config
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
 from keysync_jax.train.records import Dataset
-from keysync_jax.train.start import Weights, first_weights
+from keysync_jax.train.start import Weights, random_weights
+from keysync_jax.train.step import make_stage
 
 SAMPLES = 256
 """Frames from which the spread of the latents is measured."""
@@ -67,7 +68,7 @@ def new_model(
             "vae": f"{run.absolute().name} step {step}{' moving average' if average else ''}",
         },
     )
-    tensors = {kind: first_weights(stage) for kind, stage in stages.items()}
+    tensors = {kind: random_weights(shapes(make_stage(c))[1], c.seed) for kind, c in stages.items()}
     save_model(output, model, {**tensors, "vae": weights})
     return model
 
