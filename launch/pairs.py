@@ -30,11 +30,13 @@ class Truth:
       frames: uint8 `[T, S, S, 3]`.
       landmarks: `[T, 68, 2]` in pixels.
       opening: gap of the inner lips over the distance of the eyes, `[T]`.
+      occluder: 1 where something covers the face, uint8 `[T, S, S]`; nowhere in most clips.
     """
 
     frames: np.ndarray
     landmarks: np.ndarray
     opening: np.ndarray
+    occluder: np.ndarray
 
 
 class Pair:
@@ -115,6 +117,16 @@ class Pair:
             cv2.fillConvexPoly(mask, cv2.convexHull(np.rint(landmarks).astype(np.int32)), 1)
         return masks.astype(bool)
 
+    def covered(self, size: int) -> np.ndarray:
+        """Where in the crop something lies before the face: bool `[T, size, size]`."""
+        return self.crops(255 * self.unsaid.occluder, size) > 127
+
+    @cached_property
+    def readable(self) -> np.ndarray:
+        """Frames in which nothing covers the mouth, which the reader could not read: bool `[T]`."""
+        size = self.original.shape[1]
+        return ~(self.covered(size) & self.mouth(size)).any(axis=(1, 2))
+
     def dubbed(
         self, model: Model, output: Path, silent: bool = False, occluder: bool = False, seed: int = 0
     ) -> np.ndarray:
@@ -150,4 +162,7 @@ def _truth(clip: SyntheticClip, speech: Utterance | None) -> Truth:
     pictures = list(clip.pictures(speech))
     known = truth_of(clip, pictures)
     opening = known["gap"] / eye_distance(known["landmarks"])
-    return Truth(np.stack([p.pixels for p in pictures]), known["landmarks"], opening)
+    pixels, covered = (
+        np.stack(arrays) for arrays in zip(*((p.pixels, p.occluder) for p in pictures), strict=True)
+    )
+    return Truth(pixels, known["landmarks"], opening, covered)

@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from keysync_jax.config import GuidanceConfig
+from keysync_jax.config import GuidanceConfig, MaskKind
 from keysync_jax.errors import UserError
 from keysync_jax.launch.pairs import Pair, read_mouths
 from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
@@ -29,7 +30,7 @@ class EvalSettings:
       clips: cross-sync pairs, of people and phrases that no training world has if its seed is another one.
       seconds: length of each.
       seed: of the world.
-      ablations: measure the variants of guidance, and occlusion, too, on the first `ablation_clips` pairs.
+      ablations: measure variants of guidance, another mask and occlusion too, on `ablation_clips` pairs each.
     """
 
     clips: int = 20
@@ -75,6 +76,7 @@ MEASURES: dict[str, tuple[str, Bar | None]] = {
     "psnr_outside": ("PSNR outside the mouth against the source's crop, dB", Bar(least=30)),
     "psnr_truth": ("PSNR of the whole crop against the truth, dB", None),
     "psnr_mouth": ("PSNR of the mouth against the truth, dB", None),
+    "psnr_occluder": ("PSNR of what covers the face against the source, dB", None),
     "psnr_vae": ("PSNR of the VAE alone over the face, dB", Bar(least=30)),
     "flicker": ("frame difference in the mouth, dub over truth", Bar(most=1.3)),
 }
@@ -149,16 +151,19 @@ def measure(
 def _of_mouths(pairs: Sequence[Pair], dubs: Sequence[Mouths], quiet: Sequence[Mouths]) -> dict[str, float]:
     """Measures of what the mouths do."""
     truths = [pair.spoken.opening for pair in pairs]
-    spoken = [(dub.opening, truth) for dub, truth in zip(dubs, truths, strict=True)]
+    seen = [pair.readable for pair in pairs]
     # Of a single pair, whose voice has none to be exchanged with, another moment of its own truth is taken.
     others = truths[1:] + truths[:1] if len(truths) > 1 else [np.roll(t, len(t) // 2) for t in truths]
-    exchanged = [(dub.opening, truth) for dub, truth in zip(dubs, others, strict=True)]
-    sources = [(dub.opening, pair.unsaid.opening) for dub, pair in zip(dubs, pairs, strict=True)]
+
+    def against(series: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        whole = zip(dubs, series, seen, strict=True)
+        return [(dub.opening[where], other[where]) for dub, other, where in whole]
+
     values = {
-        "sync": mean_correlation(spoken),
-        "shuffled": abs(mean_correlation(exchanged)),
-        "lag": float(mean_lag(spoken)),
-        "source": source_correlation(sources),
+        "sync": mean_correlation(against(truths)),
+        "shuffled": abs(mean_correlation(against(others))),
+        "lag": float(mean_lag(against(truths))),
+        "source": source_correlation(against([pair.unsaid.opening for pair in pairs])),
     }
     if quiet:
         leaks = [lip_leak(still.mar, dub.mar) for still, dub in zip(quiet, dubs, strict=True)]
@@ -171,8 +176,10 @@ def _pictures(pair: Pair, frames: np.ndarray, size: int) -> dict[str, float]:
     """Measures of one dub's pixels, in its crop."""
     dubbed, mouth = pair.crops(frames, size), pair.mouth(size)
     truth = pair.crops(pair.spoken.frames, size)
-    return {
-        "psnr_outside": psnr(dubbed, pair.crops(pair.original, size), ~mouth),
+    original, covered = pair.crops(pair.original, size), pair.covered(size)
+    kept = {"psnr_occluder": psnr(dubbed, original, covered)} if covered.any() else {}
+    return kept | {
+        "psnr_outside": psnr(dubbed, original, ~mouth),
         "psnr_truth": psnr(dubbed, truth),
         "psnr_mouth": psnr(dubbed, truth, mouth),
         "flicker": flicker_ratio(dubbed, truth, mouth),
@@ -182,6 +189,11 @@ def _pictures(pair: Pair, frames: np.ndarray, size: int) -> dict[str, float]:
 def guided(model: Model, guidance: GuidanceConfig) -> Model:
     """The same model with another guidance."""
     return replace(model, config=replace(model.config, guidance=guidance))
+
+
+def masked(model: Model, mask: MaskKind) -> Model:
+    """The same weights with another mask than they were trained with."""
+    return replace(model, config=replace(model.config, mask=mask))
 
 
 VARIANTS = {
@@ -216,14 +228,21 @@ def evaluate(
     output, settings, others = Path(output), settings or EvalSettings(), others or {}
     _settle(output, model, settings)
     reader, phases = MouthReader.load(), Phases(show=show_progress)
-    pairs = [_pair(output, settings, number) for number in range(settings.clips)]
+    with phases.phase("clips", settings.clips, "clips") as advance:
+        pairs = []
+        for number in range(settings.clips):
+            pairs.append(_pair(output, settings, number))
+            advance(1)
     with phases.phase("model", 2 * len(pairs), "dubs") as advance:
         scores = {"model": measure(model, pairs, output / "model", reader, advance, vae=True)}
     few = pairs[: settings.ablation_clips]
     variants = VARIANTS if settings.ablations else {}
-    models = {**{name: guided(model, guidance) for name, guidance in variants.items()}, **others}
-    for name, other in models.items():
+    models = {name: guided(model, guidance) for name, guidance in variants.items()}
+    if settings.ablations:
+        models["mouth mask"] = masked(model, "mouth")
+    for name, other in {**models, **others}.items():
         folder = output / name.replace(" ", "-")
+        _stamp(folder, _identity(other))
         with phases.phase(name, 2 * len(few), "dubs") as advance:
             scores[name] = measure(other, few, folder, reader, advance)
     if settings.ablations:
@@ -238,8 +257,9 @@ def _occlusion(
     """Clips in which something covers the mouth, with and without its masks."""
     pairs = [_pair(output, settings, number, True) for number in range(settings.ablation_clips)]
     scores = {}
-    for name, handled in (("occluded, as it is", False), ("occluded, handled", True)):
+    for name, handled in (("occluded", False), ("occluded, masked out", True)):
         folder = output / name.replace(", ", "-").replace(" ", "-")
+        _stamp(folder, _identity(model))
         with phases.phase(name, len(pairs), "dubs") as advance:
             scores[name] = measure(model, pairs, folder, reader, advance, occluder=handled, silence=False)
     return scores
@@ -253,21 +273,29 @@ def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = Fa
 
 def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
     """Makes the folder and notes what it is for, or checks that it was begun for the same."""
-    wanted = {
-        "model": dict(model.hashes),
-        "guidance": asdict(model.config.guidance),
-        "seconds": settings.seconds,
-        "seed": settings.seed,
-    }
-    path = output / SETTINGS
+    _stamp(output, {**_identity(model), "seconds": settings.seconds, "seed": settings.seed})
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What a model's dubs depend on, inputs apart."""
+    config = model.config
+    return {"files": dict(model.hashes), "guidance": asdict(config.guidance), "mask": config.mask}
+
+
+def _stamp(folder: Path, content: dict[str, Any]) -> None:
+    """Marks a new folder with what it is for, or checks that it was begun for the same."""
+    path = folder / SETTINGS
     if path.is_file():
-        if json.loads(path.read_bytes()) != wanted:
-            raise UserError(f"{output}: holds dubs of another model or other clips; give another folder")
+        if json.loads(path.read_bytes()) != content:
+            raise UserError(f"{folder}: holds dubs of another model or other clips; give another folder")
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists already and holds something else; give a name for a new folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(wanted, indent=1) + "\n")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already and holds something else; give a name for a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def report(scores: Mapping[str, Scores]) -> str:

@@ -132,7 +132,8 @@ class OptimizerConfig:
 
     Attributes:
       kind: "adamw" (the paper's), or "muon" (Jordan et al., 2024): the momentum of every kernel is
-        orthogonalised, the rest is AdamW's. From random weights it takes fewer steps.
+        orthogonalised, the rest is AdamW's with Nesterov's momentum. From random weights it takes
+        fewer steps.
       clip: largest global norm of the gradient; 0: no clipping.
       accumulate: batches whose gradients make one update.
       ema: decay of the exponential moving average of the weights; 0: none.

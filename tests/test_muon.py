@@ -1,0 +1,58 @@
+"""The Muon optimizer: kernels are orthogonalised as matrices, everything else moves as NAdamW moves it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from keysync_jax.train.config import OptimizerConfig
+from keysync_jax.train.optimizer import make_optimizer
+
+RATE = 1e-3
+
+
+def config(kind: str, **changes: float) -> OptimizerConfig:
+    settings = {"learning_rate": RATE, "warmup": 1, "clip": 0.0, "weight_decay": 0.0, "frozen": ()}
+    return OptimizerConfig(kind=kind, **(settings | changes))  # type: ignore[arg-type]
+
+
+def params() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    shapes = {"conv.kernel": (3, 3, 8, 16), "dense.kernel": (24, 8), "dense.bias": (8,), "z_m": (4, 4, 4)}
+    return {path: jnp.asarray(rng.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
+
+
+def first_update(kind: str, **changes: float) -> dict[str, jax.Array]:
+    return moved(make_optimizer(config(kind, **changes)))
+
+
+def moved(optimizer: optax.GradientTransformation) -> dict[str, jax.Array]:
+    at = params()
+    gradient = {path: jnp.asarray(np.random.default_rng(1).standard_normal(x.shape), jnp.float32) ** 3
+                for path, x in at.items()}  # fmt: skip
+    return optimizer.update(gradient, optimizer.init(at), at)[0]
+
+
+@pytest.mark.parametrize("path", ["conv.kernel", "dense.kernel"])
+def test_a_kernels_update_is_nearly_orthogonal_and_of_adams_size(path: str) -> None:
+    update = np.asarray(first_update("muon")[path])
+    matrix = update.reshape(-1, update.shape[-1])
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    assert singular.max() / singular.min() < 2
+    adam = np.asarray(first_update("adamw")[path]).reshape(matrix.shape)
+    spread = np.linalg.svd(adam, compute_uv=False)
+    assert spread.max() / spread.min() > 2
+    assert np.sqrt((update**2).mean()) == pytest.approx(0.2 * RATE, rel=0.3)
+
+
+@pytest.mark.parametrize("path", ["dense.bias", "z_m"])
+def test_everything_else_moves_as_nadamw_moves_it(path: str) -> None:
+    np.testing.assert_allclose(first_update("muon")[path], moved(optax.nadamw(RATE, weight_decay=0))[path])
+
+
+def test_decay_pulls_kernels_towards_nought() -> None:
+    plain, decayed = first_update("muon"), first_update("muon", weight_decay=0.5)
+    np.testing.assert_allclose(
+        decayed["dense.kernel"] - plain["dense.kernel"], -0.5 * RATE * params()["dense.kernel"], atol=1e-6
+    )
