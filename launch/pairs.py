@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
+from keysync_jax.media.masks import mouth_region
 from keysync_jax.media.video import read_frames
 from keysync_jax.metrics.mouth import MouthReader, Mouths, eye_distance
 from keysync_jax.model import Model
@@ -16,7 +17,6 @@ from keysync_jax.pipeline.latents import decode_latents, encode_frames
 from keysync_jax.synthetic.phonemes import Utterance, silent_utterance
 from keysync_jax.synthetic.voice import SAMPLE_RATE
 from keysync_jax.synthetic.world import SyntheticClip, draw_clip, truth_of, write_clip, write_wave
-from keysync_jax.train.autoencoder import mouth_region
 
 VOICES = 100_000
 """Number of the first clip whose voice drives a pair; its person is not seen."""

@@ -8,7 +8,10 @@ import numpy as np
 SIZE, LATENT_SIZE = 512, 64
 NOSE_BRIDGE, NOSE_MIDDLE, NOSE_BASE, NOSTRILS = 28, 29, 33, (31, 35)
 LEFT_CHEEK = 2
+MOUTH = slice(48, 68)
 MOUTH_MARGIN = 5
+REGION_MARGIN = 0.5
+"""Width that `mouth_region` adds around the mouth's bounding box, over the box's larger side; half a side."""
 STRATEGIES = ("box", "full", "heart", "mouth")
 
 
@@ -50,6 +53,17 @@ def make_mask(landmarks: np.ndarray, strategy: str = "box", size: int = SIZE) ->
 def _fill(mask: np.ndarray, left: int, top: int, right: int, bottom: int, value: int) -> None:
     """Set a rectangle, corners included, as far as it lies in the mask."""
     mask[max(top, 0) : max(bottom + 1, 0), max(left, 0) : max(right + 1, 0)] = value
+
+
+def mouth_region(landmarks: np.ndarray, size: int) -> np.ndarray:
+    """1 in the mouth's bounding box with a margin: landmarks `[68, 2]` in pixels -> uint8 `[size, size]`."""
+    points = landmarks[MOUTH]
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = REGION_MARGIN * (high - low).max() / 2
+    (left, top), (right, bottom) = low - margin, high + margin
+    rows, columns = np.mgrid[:size, :size] + 0.5
+    inside = (columns >= left) & (columns <= right) & (rows >= top) & (rows <= bottom)
+    return inside.astype(np.uint8)
 
 
 def to_latent(mask: np.ndarray, size: int = LATENT_SIZE) -> np.ndarray:

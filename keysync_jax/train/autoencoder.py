@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from keysync_jax.errors import UserError
+from keysync_jax.media.masks import mouth_region
 from keysync_jax.model import DTYPES
 from keysync_jax.nn.functional import Make, bind
 from keysync_jax.nn.vae import VAE, Posterior
@@ -20,12 +21,6 @@ from keysync_jax.train.optimizer import learning_rate, make_optimizer, moving_av
 from keysync_jax.train.records import Dataset, decode_frame
 from keysync_jax.train.step import Metrics, TrainState
 from keysync_jax.typing import Array, Params
-
-MOUTH = slice(48, 68)
-"""Landmarks of the mouth."""
-
-_MARGIN = 0.5
-"""Width that is added around the mouth's bounding box, as a share of the box's own."""
 
 
 class FrameBatch(NamedTuple):
@@ -82,17 +77,6 @@ def _check_fits(dataset: Dataset, crop_size: int) -> None:
             f"{dataset.folder}: holds crops of side {dataset.settings.crop_size}, "
             f"the config asks for {crop_size}"
         )
-
-
-def mouth_region(landmarks: np.ndarray, size: int) -> np.ndarray:
-    """1 in the mouth's bounding box with a margin: landmarks `[68, 2]` in pixels -> uint8 `[size, size]`."""
-    points = landmarks[MOUTH]
-    low, high = points.min(axis=0), points.max(axis=0)
-    margin = _MARGIN * (high - low).max() / 2
-    (left, top), (right, bottom) = low - margin, high + margin
-    rows, columns = np.mgrid[:size, :size] + 0.5
-    inside = (columns >= left) & (columns <= right) & (rows >= top) & (rows <= bottom)
-    return inside.astype(np.uint8)
 
 
 def make_vae(config: VAETrainConfig) -> Make:
