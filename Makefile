@@ -18,7 +18,7 @@ MAPPED := convert configs launch
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint style types layers format layout clean
+.PHONY: help install demo test lint style types layers format layout clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -32,6 +32,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) --no-deps --force-reinstall opencv-python-headless
 	@touch $@
+
+demo: $(INSTALLED)  ## Dub a synthetic clip with the embedded model and measure the result, in ./demo
+	JAX_PLATFORMS=cpu $(BIN)/keysync demo -o demo
 
 test: $(INSTALLED)  ## Run the tests (PYTEST_FLAGS: which, how)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_FLAGS)
