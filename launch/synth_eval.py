@@ -73,6 +73,7 @@ MEASURES: dict[str, tuple[str, Bar | None]] = {
     "lip_leak": ("LipLeak: std(MAR | silence) / std(MAR | speech)", Bar(most=0.2)),
     "lip_leak_lite": ("share of frames with MAR > 0.25 in silence", None),
     "source": ("correlation of the dubbed opening with the source's own", Bar(most=0.15)),
+    "source_truth": ("the same of the truth itself: what chance gives these clips", None),
     "psnr_outside": ("PSNR outside the mouth against the source's crop, dB", Bar(least=30)),
     "psnr_truth": ("PSNR of the whole crop against the truth, dB", None),
     "psnr_mouth": ("PSNR of the mouth against the truth, dB", None),
@@ -164,6 +165,7 @@ def _of_mouths(pairs: Sequence[Pair], dubs: Sequence[Mouths], quiet: Sequence[Mo
         "shuffled": abs(mean_correlation(against(others))),
         "lag": float(mean_lag(against(truths))),
         "source": source_correlation(against([pair.unsaid.opening for pair in pairs])),
+        "source_truth": source_correlation([(pair.spoken.opening, pair.unsaid.opening) for pair in pairs]),
     }
     if quiet:
         leaks = [lip_leak(still.mar, dub.mar) for still, dub in zip(quiet, dubs, strict=True)]
@@ -267,7 +269,7 @@ def _occlusion(
 
 def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = False) -> Pair:
     # Occluded pairs are other clips, so that no file of theirs has the name of an open one's.
-    folder, first = ("occluded", 50_000) if occluded else ("clips", 0)
+    folder, first = ("clips-occluded", 50_000) if occluded else ("clips", 0)
     return Pair(output / folder, settings.seed, first + number, settings.seconds, occluded)
 
 
@@ -303,7 +305,7 @@ def report(scores: Mapping[str, Scores]) -> str:
     lines = [f"{scores['model'].clips} clips", scores["model"].table()]
     others = {name: s for name, s in scores.items() if name != "model"}
     if others:
-        names = [n for n in MEASURES if n not in ("psnr_vae", "lag", "lip_leak_lite")]
+        names = [n for n in MEASURES if n not in ("psnr_vae", "lag", "lip_leak_lite", "source_truth")]
         lines += ["", f"{'':<22}" + "".join(f"{n:>14}" for n in names)]
         for name, score in {"model": scores["model"], **others}.items():
             cells = [f"{score.values[n]:14.3f}" if n in score.values else f"{'-':>14}" for n in names]

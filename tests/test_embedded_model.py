@@ -131,6 +131,22 @@ def test_a_report_says_what_was_missed() -> None:
     assert all(bar is None or isinstance(bar, Bar) for _, bar in MEASURES.values())
 
 
+def test_every_ablation_has_a_row(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dubs that are copies of the source: the real ones would take minutes."""
+
+    def copied(pair: Pair, model: Model, output: Path, *_: object, **__: object) -> np.ndarray:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return pair.original
+
+    monkeypatch.setattr(Pair, "dubbed", copied)
+    settings = EvalSettings(clips=2, seconds=1.6, ablations=True, ablation_clips=2)
+    scores = evaluate(model, tmp_path / "eval", settings, {"other": model})
+    assert {"model", "no guidance", "mouth mask", "other", "occluded", "occluded, masked out"} <= set(scores)
+    assert "psnr_occluder" in scores["occluded"].values
+    assert json.loads((tmp_path / "eval" / "scores.json").read_text())["other"]["clips"] == 2
+    assert evaluate(model, tmp_path / "eval", settings, {"other": model}) == scores
+
+
 def test_a_folder_of_other_dubs_is_refused(model: Model, tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "eval.json").write_text(json.dumps({"model": {}}))
