@@ -17,8 +17,8 @@ from keysync_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
-    0: done. 1: a check did not hold (`parity`, `synth-eval`). 2: something the user gave cannot be used, said in one
-    sentence on stderr. 130: interrupted.
+    0: done. 1: a check did not hold (`parity`, `synth-eval`). 2: something the user gave cannot be used, said
+    in one sentence on stderr. 130: interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     # --config.x.y=v are settings, whose names argparse does not know.
