@@ -92,7 +92,11 @@ def _settle(output: Path, settings: SynthSettings) -> None:
     """Makes the folder and notes its settings, or checks that it was begun with the same."""
     path = output / SETTINGS
     if path.is_file():
-        if json.loads(path.read_bytes()) != settings.world:
+        try:
+            begun = json.loads(path.read_bytes())
+        except ValueError:
+            raise UserError(f"{path}: is damaged; give a name for a new folder") from None
+        if begun != settings.world:
             raise UserError(f"{output}: holds clips of other settings; give a name for a new folder")
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -288,7 +288,11 @@ def _stamp(folder: Path, content: dict[str, Any]) -> None:
     """Marks a new folder with what it is for, or checks that it was begun for the same."""
     path = folder / SETTINGS
     if path.is_file():
-        if json.loads(path.read_bytes()) != content:
+        try:
+            begun = json.loads(path.read_bytes())
+        except ValueError:
+            raise UserError(f"{path}: is damaged; give another folder") from None
+        if begun != content:
             raise UserError(f"{folder}: holds dubs of another model or other clips; give another folder")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -67,6 +67,12 @@ def test_other_peoples_clips_are_not_mixed_in(folder: Path, capsys: pytest.Captu
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_damaged_folder_gets_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "world.json").write_text("{")
+    assert main(["synth", "-n", "1", "-o", str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [("--seconds=0.2", "0.56 seconds or more"), ("--occluded=2", "0 to 1"), ("--workers=-1", "0 or more")],
