@@ -9,7 +9,8 @@ figures: docs/default_model.md.
 
 from ml_collections import ConfigDict
 
-from keysync_jax.config import GuidanceConfig, LogMelConfig, StageConfig, UNetConfig, VAEConfig, to_dict
+from keysync_jax.config import GuidanceConfig, LogMelConfig, StageConfig, StageKind, UNetConfig, to_dict
+from keysync_jax.configs.vae_tiny import CROP, VAE
 from keysync_jax.train.config import (
     CheckpointConfig,
     InitConfig,
@@ -20,7 +21,8 @@ from keysync_jax.train.config import (
 )
 
 UNET = UNetConfig(
-    in_channels=8,
+    in_channels=2 * VAE.latent_channels,
+    out_channels=VAE.latent_channels,
     block_out_channels=(32, 64, 96),
     layers_per_block=1,
     attention_levels=(1, 2),
@@ -29,13 +31,14 @@ UNET = UNetConfig(
     addition_embed_dim=128,
     norm_groups=8,
 )
-VAE = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8, scale_factor=1.0)
 
 
-def get_config() -> ConfigDict:
-    """Steps of 4 clips in fp32; every parameter is trained, temporal layers included."""
+def stage_config(kind: StageKind, unet: UNetConfig) -> ConfigDict:
+    """Steps of 32 clips; every parameter is trained, temporal layers included."""
     config = TrainConfig(
-        stage=StageConfig("keyframe", "logmel", UNET, audio_dim=LogMelConfig().hidden_size, latent_size=12),
+        stage=StageConfig(
+            kind, "logmel", unet, audio_dim=LogMelConfig().hidden_size, latent_size=CROP // VAE.factor
+        ),
         vae=VAE,
         init=InitConfig(kind="keysync"),
         loss=LossConfig(p_mean=0.5, p_std=1.4),
@@ -48,12 +51,17 @@ def get_config() -> ConfigDict:
             ema=0.998,
             frozen=(),
         ),
-        checkpoint=CheckpointConfig(every=500, keep=2, keep_every=0),
+        checkpoint=CheckpointConfig(every=1000, keep=2, keep_every=0),
         log=LogConfig(every=50),
         guidance=GuidanceConfig(audio=3.0, identity=1.5),
-        batch_size=4,
-        steps=4000,
+        batch_size=32,
+        steps=5000,
         dtype="fp32",
         remat="none",
     )
     return ConfigDict(to_dict(config))
+
+
+def get_config() -> ConfigDict:
+    """The keyframes."""
+    return stage_config("keyframe", UNET)

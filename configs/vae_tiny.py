@@ -1,37 +1,47 @@
-"""The VAE of the embedded model: 96-pixel crops of the synthetic world to latents of 12 x 12 x 4.
+"""The VAE of the embedded model: 128-pixel crops of the synthetic world to latents of 16 x 16 x 8.
 
     keysync train --config configs/vae_tiny.py --workdir runs/vae --config.data.paths=DATASET
 
-DATASET is made by `keysync prepare CLIPS --crop 96`. Time and figures: docs/default_model.md.
+DATASET is made by `keysync prepare CLIPS --crop 128`. Time and figures: docs/default_model.md.
 """
 
 from ml_collections import ConfigDict
 
 from keysync_jax.config import VAEConfig, to_dict
-from keysync_jax.train.config import CheckpointConfig, LogConfig, OptimizerConfig, VAETrainConfig
+from keysync_jax.train.config import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    VAELossConfig,
+    VAETrainConfig,
+)
 
-CROP = 96
+CROP = 128
 
-VAE = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8, scale_factor=1.0)
+VAE = VAEConfig(
+    latent_channels=8, block_out_channels=(32, 64, 96, 96), layers_per_block=1, norm_groups=8, scale_factor=1.0
+)
 
 
 def get_config() -> ConfigDict:
-    """Steps of 4 frames in fp32, from random weights."""
+    """Steps of 32 frames in fp32, from random weights."""
     config = VAETrainConfig(
         vae=VAE,
         crop_size=CROP,
+        # Errors are small where PSNR counts, so the squared one needs a weight to be heard beside the absolute.
+        loss=VAELossConfig(l1=1.0, l2=8.0, kl=3e-4, mouth=3.0),
         optimizer=OptimizerConfig(
             kind="muon",
             learning_rate=2e-3,
             warmup=100,
             b2=0.99,
             weight_decay=0.0,
-            ema=0.997,
+            ema=0.998,
             frozen=(),
         ),
-        checkpoint=CheckpointConfig(every=250, keep=2, keep_every=0),
+        checkpoint=CheckpointConfig(every=1000, keep=2, keep_every=0),
         log=LogConfig(every=50),
-        batch_size=4,
-        steps=5000,
+        batch_size=32,
+        steps=10_000,
     )
     return ConfigDict(to_dict(config))

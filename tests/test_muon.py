@@ -48,7 +48,24 @@ def test_a_kernels_update_is_nearly_orthogonal_and_of_adams_size(path: str) -> N
 
 @pytest.mark.parametrize("path", ["dense.bias", "z_m"])
 def test_everything_else_moves_as_nadamw_moves_it(path: str) -> None:
-    np.testing.assert_allclose(first_update("muon")[path], moved(optax.nadamw(RATE, weight_decay=0))[path])
+    nadamw = moved(optax.nadamw(RATE, weight_decay=0))[path]
+    np.testing.assert_allclose(first_update("muon")[path], nadamw, rtol=1e-5)
+
+
+def test_kernels_in_a_stack_move_as_they_would_alone() -> None:
+    rng = np.random.default_rng(2)
+    at = {
+        f"{name}.kernel": jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for name, shape in (("a", (3, 3, 8, 16)), ("b", (72, 16)), ("c", (1, 72, 16)), ("d", (16, 72)))
+    }
+    gradient = {path: jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for path, x in at.items()}
+    optimizer = make_optimizer(config("muon"))
+    together = optimizer.update(gradient, optimizer.init(at), at)[0]
+    assert list(together) == list(at)
+    for path in at:
+        alone = {path: at[path]}
+        update = optimizer.update({path: gradient[path]}, optimizer.init(alone), alone)[0]
+        np.testing.assert_allclose(together[path], update[path], atol=1e-3 * RATE)
 
 
 def test_decay_pulls_kernels_towards_nought() -> None:

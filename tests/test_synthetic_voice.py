@@ -11,6 +11,7 @@ from keysync_jax.synthetic.phonemes import (
     Utterance,
     articulate,
     draw_utterance,
+    excerpt,
     frame_times,
     phonemes_of_frames,
     silent_utterance,
@@ -97,8 +98,31 @@ def test_speech_has_pauses_and_every_sound():
     assert set(utterance.phonemes) == set(range(len(PHONEMES)))
     pauses = np.diff(utterance.boundaries)[1:-1][utterance.phonemes[1:-1] == SILENCE]
     assert pauses.min() >= 0.15
-    assert pauses.max() <= 0.8 + 1e-9
+    assert pauses.max() <= 2.0 + 1e-9
+    assert 0.02 < np.mean(pauses > 0.8) < 0.25
     assert 40 < len(pauses) < 200
+
+
+@pytest.mark.parametrize(("start", "seconds"), [(0.0, 5.0), (0.0, 60.0), (3.21, 4.0), (58.9, 1.1), (7.0, 0.03)])
+def test_an_excerpt_says_the_same_at_the_same_time(start: float, seconds: float):
+    whole = draw_utterance(np.random.default_rng(4), 60.0)
+    part = excerpt(whole, start, seconds)
+    assert part.boundaries[0] == 0
+    assert part.seconds == seconds
+    assert len(part.boundaries) == len(part.phonemes) + 1
+    assert np.all(np.diff(part.boundaries) >= min(0.04, seconds))
+    times = np.linspace(0.04, seconds - 0.04, 200)
+    if seconds > 0.08:
+        np.testing.assert_array_equal(
+            part.phonemes[part.segments_at(times)], whole.phonemes[whole.segments_at(times + start)]
+        )
+
+
+def test_an_excerpt_lies_within():
+    whole = draw_utterance(np.random.default_rng(4), 10.0)
+    for start, seconds in ((-0.1, 1.0), (9.5, 0.6)):
+        with pytest.raises(ValueError, match="is not within 10"):
+            excerpt(whole, start, seconds)
 
 
 def test_a_higher_speech_rate_says_more():

@@ -39,7 +39,7 @@ WORLD = 987_654_321
 HELD_OUT = 1_000_000
 """Number of the first person who is not trained on."""
 
-GENERATOR_SIZE = 96
+GENERATOR_SIZE = 128
 """Side of the face crop that the small model generates, pixels."""
 
 BATCH, LEARNING_RATE = 128, 2e-3
@@ -174,7 +174,7 @@ def measure(reader: MouthReader, people: int = 60, clips: int = 8, seconds: floa
 
     Returns:
       `{condition}/{quantity}/{figure}` -> value. Conditions: `clean`, as rendered; `dub-like`, the face
-      reduced to 96 pixels and the video compressed with H.264 (CRF 16); `blurred`, reduced and blurred by a
+      reduced to 128 pixels and the video compressed with H.264 (CRF 16); `blurred`, reduced and blurred by a
       sigma of 1 pixel there. Quantities: `opening`, `width`, `mar`. Figures: `mae`, the mean absolute error
       (unit of the quantity, lower is better) and `correlation` (higher is better), both over mouths of every
       kind; `clip_correlation`, the mean over talking clips of the correlation over time (higher is better).

@@ -18,6 +18,10 @@ _REST_RAMP = 0.1
 _REST_FROM = 0.2
 # So many syllables may prove too long for what is left of an utterance before it ends.
 _MISFITS = 10
+# One pause in ten is as long as these seconds: the mouth has to rest as long as nobody speaks.
+_LONG_PAUSE = (0.8, 2.0)
+# What a cut leaves of a sound is dropped if it is shorter.
+_SLIVER = 0.04
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def silent_utterance(seconds: float) -> Utterance:
 
 
 def draw_utterance(rng: np.random.Generator, seconds: float, speech_rate: float = 1.0) -> Utterance:
-    """Draws phrases of two to seven words with pauses of 0.15 to 0.8 s between them.
+    """Draws phrases of two to seven words with pauses between them, of 0.15 to 0.8 s, now and then longer.
 
     It begins and ends with a silence of at least 0.1 s; the last fills what no further syllable fits into.
 
@@ -227,6 +231,25 @@ def draw_utterance(rng: np.random.Generator, seconds: float, speech_rate: float 
     return Utterance(np.array([*phonemes, SILENCE]), boundaries)
 
 
+def excerpt(utterance: Utterance, start: float, seconds: float) -> Utterance:
+    """The part of an utterance from `start` on, as a recording that was cut from a longer one.
+
+    What is left of a sound at either end is dropped where it is shorter than 40 ms; its neighbour lasts longer.
+
+    Args:
+      start, seconds: where the part begins and its duration; it must lie within the utterance.
+    """
+    if not (0 <= start and start + seconds <= utterance.seconds + 1e-9):
+        raise ValueError(f"{start} to {start + seconds} s is not within {utterance.seconds} s")
+    edges = np.clip(utterance.boundaries - start, 0, seconds)
+    edges[-1] = seconds
+    inner = edges[1:-1]
+    inner = inner[(inner >= _SLIVER) & (inner <= seconds - _SLIVER)]
+    boundaries = np.concatenate([[0.0], inner, [seconds]])
+    middles = start + (boundaries[1:] + boundaries[:-1]) / 2
+    return Utterance(utterance.phonemes[utterance.segments_at(middles)], boundaries)
+
+
 def _syllables(rng: np.random.Generator) -> Iterator[tuple[float, list[int]]]:
     """Without end: the pause before a syllable (0 within a phrase) and the syllable's phonemes."""
     pause = 0.0
@@ -235,7 +258,7 @@ def _syllables(rng: np.random.Generator) -> Iterator[tuple[float, list[int]]]:
             for _ in range(rng.integers(1, 4)):
                 yield pause, _syllable(rng)
                 pause = 0.0
-        pause = float(rng.uniform(*PHONEMES[SILENCE].seconds))
+        pause = float(rng.uniform(*(_LONG_PAUSE if rng.random() < 0.1 else PHONEMES[SILENCE].seconds)))
 
 
 def _syllable(rng: np.random.Generator) -> list[int]:

@@ -22,6 +22,7 @@ from keysync_jax.synthetic.phonemes import (
     Utterance,
     articulate,
     draw_utterance,
+    excerpt,
     phonemes_of_frames,
 )
 from keysync_jax.synthetic.voice import SAMPLE_RATE, draw_speaker, synthesise
@@ -83,7 +84,7 @@ def draw_clip(seed: int, number: int, seconds: float, occluded: bool = False) ->
     frames = round(seconds * FPS)
     person, speech = stream(_PERSON), stream(_SPEECH)
     identity, speaker = draw_identity(person), draw_speaker(person)
-    utterance = draw_utterance(speech, frames / FPS, speaker.speech_rate)
+    utterance = _draw_speech(speech, frames / FPS, speaker.speech_rate)
     return SyntheticClip(
         name=f"clip-{number:05d}",
         identity=identity,
@@ -92,6 +93,16 @@ def draw_clip(seed: int, number: int, seconds: float, occluded: bool = False) ->
         wave=synthesise(utterance, speaker, stream(_VOICE)),
         occluder=draw_occluder(stream(_OCCLUDER), frames) if occluded else None,
     )
+
+
+def _draw_speech(rng: np.random.Generator, seconds: float, speech_rate: float) -> Utterance:
+    """So many seconds out of the middle of a longer utterance.
+
+    Clips that all begin and end with a closed mouth would be alike by that alone, whatever is said.
+    """
+    before = float(rng.uniform(0.5, 2.5))
+    whole = draw_utterance(rng, before + seconds + 1.0, speech_rate)
+    return excerpt(whole, before, seconds)
 
 
 def write_clip(folder: Path, clip: SyntheticClip) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from keysync_jax.errors import UserError
@@ -69,6 +70,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
             muon_weight_dimension_numbers=_matrices,
             **{f"adam_{name}": value for name, value in adam.items()},
         )
+        step = _stacked(step)
     else:
         step = optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, **adam)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), step) if config.clip else step
@@ -77,13 +79,60 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     return optimizer
 
 
-def _matrices(params: Params) -> dict[str, Any]:
-    """How each kernel is a matrix, inputs (and places of a convolution) by outputs; None for all else."""
+def _stacked(step: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same step, which sees kernels of one size as a stack and everything else as one vector.
+
+    A network has some hundreds of kernels of some dozen sizes: orthogonalised a stack at a time they compile
+    several times faster, and a GPU is given large operations instead of many small ones.
+    """
+
+    def init(params: Params) -> optax.OptState:
+        return step.init(_stack(params))
+
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        stacked, state = step.update(_stack(updates), state, None if params is None else _stack(params))
+        return _unstack(stacked, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+_REST = "rest"
+
+
+def _stacks(params: Params) -> dict[str, list[str]]:
+    """Name of a stack -> paths of what is in it. A kernel is a matrix: inputs (and places) by outputs."""
+    stacks: dict[str, list[str]] = {}
+    for path, x in params.items():
+        name = f"{x.size // x.shape[-1]} x {x.shape[-1]}" if path.endswith(".kernel") else _REST
+        stacks.setdefault(name, []).append(path)
+    return stacks
+
+
+def _stack(params: Params) -> dict[str, Array]:
+    stacked = {}
+    for name, paths in _stacks(params).items():
+        if name == _REST:
+            stacked[name] = jnp.concatenate([params[path].reshape(-1) for path in paths])
+        else:
+            stacked[name] = jnp.stack([params[path].reshape(-1, params[path].shape[-1]) for path in paths])
+    return stacked
+
+
+def _unstack(stacked: Params, like: Params) -> dict[str, Array]:
+    parts = {}
+    for name, paths in _stacks(like).items():
+        edges = np.cumsum([like[path].size for path in paths])[:-1]
+        flat = jnp.split(stacked[name], edges) if name == _REST else stacked[name]
+        parts |= {path: flat[n].reshape(like[path].shape) for n, path in enumerate(paths)}
+    return {path: parts[path] for path in like}
+
+
+def _matrices(stacks: Params) -> dict[str, Any]:
+    """Which axes of each stack are a matrix's rows and columns; None for what is no matrix."""
     dims = optax.contrib.MuonDimensionNumbers
-    return {
-        path: dims(tuple(range(x.ndim - 1)), x.ndim - 1) if path.endswith(".kernel") else None
-        for path, x in params.items()
-    }
+    return {name: None if name == _REST else dims(1, 2) for name in stacks}
 
 
 def moving_average(config: OptimizerConfig, ema: Params, params: Params, moved: Array) -> dict[str, Array]:
