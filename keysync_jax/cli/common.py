@@ -1,0 +1,15 @@
+"""What the subcommands share."""
+
+import argparse
+import os
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What a subcommand adds its parser to."""
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs on disk, so that the next run compiles nothing."""
+    from keysync_jax.media.assets import cache_folder
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))

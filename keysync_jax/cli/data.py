@@ -1,0 +1,109 @@
+"""Subcommands that make clips and datasets: prepare, synth."""
+
+import argparse
+from pathlib import Path
+
+from keysync_jax.cli.common import Commands, keep_compiled_programs
+from keysync_jax.errors import UserError
+
+
+def add_prepare(commands: Commands) -> None:
+    """`keysync prepare`."""
+    parser = commands.add_parser("prepare", help="raw clips to a dataset to train on")
+    parser.add_argument(
+        "source",
+        type=Path,
+        nargs="*",
+        metavar="SOURCE",
+        help="a folder, videos, a .txt list of videos, or a folder in the reference's layout",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="DATASET")
+    parser.add_argument("--check", type=Path, metavar="DATASET", help="check a dataset, and stop")
+    parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="whose VAE and audio encoders to use")
+    parser.add_argument(
+        "--crop", type=int, metavar="SIZE", help="without --model: crops alone, to train a VAE on"
+    )
+    parser.add_argument("--encoders", default="", metavar="KIND,KIND", help="default: all of the model's")
+    parser.add_argument(
+        "--pitch",
+        default="",
+        metavar="N,N",
+        help="features of shifted voices too: semitones, as --pitch=-2,2",
+    )
+    parser.add_argument("--landmarks", default="mediapipe", metavar="mediapipe|face_alignment")
+    parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="fetch the detector's model file if needed"
+    )
+    parser.add_argument(
+        "--latents", choices=("posterior", "sample"), default="posterior", help="what to store"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of stored samples (default 0)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the VAE (default fp32)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
+    )
+    parser.set_defaults(run=_prepare, resumable=True, less_memory="try --dtype bf16")
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from keysync_jax.launch.prepare import PrepareSettings, check, prepare
+
+    if arguments.check is not None:
+        dataset = check(arguments.check, show_progress=True)
+        print(f"{arguments.check}: {len(dataset.manifest.clips)} clips, every shard and record is whole")
+        return 0
+    if arguments.output is None or not arguments.source:
+        raise UserError("prepare needs SOURCE and -o DATASET, or --check DATASET")
+    keep_compiled_programs()
+    settings = PrepareSettings(
+        encoders=tuple(filter(None, arguments.encoders.split(","))),
+        pitch=_semitones(arguments.pitch),
+        landmarks=arguments.landmarks,
+        landmark_model=arguments.landmark_model,
+        allow_download=arguments.allow_download,
+        latents=arguments.latents,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        workers=arguments.workers,
+        crop=arguments.crop,
+    )
+    source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
+    print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())
+    return 0
+
+
+def _semitones(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(",") if number)
+    except ValueError:
+        raise UserError(f"--pitch takes semitones, as --pitch=-2,2, not {text!r}") from None
+
+
+def add_synth(commands: Commands) -> None:
+    """`keysync synth`."""
+    parser = commands.add_parser("synth", help="clips of synthetic talking heads, with their truth")
+    parser.add_argument("-n", "--clips", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the clips")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the world (default 0)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of a clip (default 8)")
+    parser.add_argument(
+        "--occluded", type=float, default=0.0, metavar="SHARE", help="clips with a hand or a microphone"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default 0: this one)")
+    parser.set_defaults(run=_synth, resumable=True, less_memory="make fewer clips at once")
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from keysync_jax.launch.synth import SynthSettings, synth
+
+    settings = SynthSettings(
+        clips=arguments.clips,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        occluded=arguments.occluded,
+        workers=arguments.workers,
+    )
+    made = synth(arguments.output, settings, show_progress=True)
+    print(f"{arguments.output}: {settings.clips} clips, {made} of them new")
+    return 0

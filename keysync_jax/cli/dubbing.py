@@ -1,0 +1,69 @@
+"""The subcommand dub."""
+
+import argparse
+from pathlib import Path
+
+from keysync_jax.cli.common import Commands, keep_compiled_programs
+
+
+def add_dub(commands: Commands) -> None:
+    """`keysync dub`."""
+    parser = commands.add_parser("dub", help="dub a video with a voice")
+    parser.add_argument("video", type=Path, metavar="VIDEO")
+    parser.add_argument("audio", type=Path, metavar="AUDIO", help="the new voice, any file with sound")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4")
+    parser.add_argument("--model", type=Path, required=True, metavar="MODEL_DIR", help="see keysync convert")
+    parser.add_argument(
+        "--landmarks",
+        default="mediapipe",
+        metavar="FILE|mediapipe|face_alignment",
+        help="a .npy file [frames, 68, 2], or a detector (default mediapipe)",
+    )
+    parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="fetch the detector's model file if needed"
+    )
+    parser.add_argument(
+        "--occluder",
+        type=Path,
+        metavar="FILE",
+        help=".npy or .npz masks [frames, H, W] of what lies before the face",
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="align-your-steps, 10 or more (default: the model's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16, on CPU fp32")
+    parser.add_argument(
+        "--quality", type=int, default=16, metavar="CRF", help="0 (lossless) to 51 (default 16)"
+    )
+    parser.add_argument(
+        "--windows-per-call", type=int, default=1, metavar="N", help="batch of windows (default 1)"
+    )
+    less = "try --dtype bf16, or fewer --windows-per-call"
+    parser.set_defaults(run=_dub, resumable=True, less_memory=less)
+
+
+def _dub(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
+    from keysync_jax.pipeline.dub import DubSettings, dub
+
+    settings = DubSettings(
+        landmarks=arguments.landmarks,
+        landmark_model=arguments.landmark_model,
+        allow_download=arguments.allow_download,
+        occluder=arguments.occluder,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        quality=arguments.quality,
+        windows_per_call=arguments.windows_per_call,
+    )
+    report = dub(
+        arguments.video, arguments.audio, arguments.output, arguments.model, settings, show_progress=True
+    )
+    print(report.phases.table())
+    if report.frames_without_face:
+        print(f"{report.frames_without_face} frames without a face passed through undubbed")
+    print(f"wrote {report.output}: {report.frames} frames, {report.frames / 25:.2f} s")
+    return 0

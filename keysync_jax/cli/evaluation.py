@@ -1,0 +1,85 @@
+"""Subcommands that measure or show a model on synthetic clips: synth-eval, demo."""
+
+import argparse
+from pathlib import Path
+
+from keysync_jax.cli.common import Commands, keep_compiled_programs
+from keysync_jax.errors import UserError
+
+
+def add_synth_eval(commands: Commands) -> None:
+    """`keysync synth-eval`."""
+    parser = commands.add_parser("synth-eval", help="measure a model where the truth is known")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="clips and dubs")
+    parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="default: the embedded model")
+    parser.add_argument("-n", "--clips", type=int, default=20, metavar="N", help="pairs (default 20)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a clip (default 4)")
+    parser.add_argument("--seed", type=int, default=1_000_003, metavar="S", help="of the world")
+    parser.add_argument(
+        "--ablations", action="store_true", help="measure variants of guidance, and occlusion, too"
+    )
+    parser.add_argument(
+        "--ablation-clips", type=int, default=8, metavar="N", help="pairs of a variant (default 8)"
+    )
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL_DIR",
+        help="another model, measured like a variant; may be repeated",
+    )
+    less = "try fewer --clips"
+    parser.set_defaults(run=_synth_eval, resumable=True, less_memory=less)
+
+
+def _synth_eval(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
+    from keysync_jax.launch.synth_eval import EvalSettings, evaluate, report
+    from keysync_jax.model import DEFAULT, open_model
+
+    settings = EvalSettings(
+        clips=arguments.clips,
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+        ablations=arguments.ablations,
+        ablation_clips=arguments.ablation_clips,
+    )
+    others = dict(_named_folder(text) for text in arguments.compare)
+    models = {name: open_model(folder) for name, folder in others.items()}
+    model = open_model(arguments.model or DEFAULT)
+    scores = evaluate(model, arguments.output, settings, models, show_progress=True)
+    print(report(scores))
+    return 1 if scores["model"].missed else 0
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UserError(f"--compare takes NAME=MODEL_DIR, not {text!r}")
+    return name, Path(folder)
+
+
+def add_demo(commands: Commands) -> None:
+    """`keysync demo`."""
+    parser = commands.add_parser("demo", help="dub a synthetic clip with the embedded model")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="default: demo"
+    )
+    parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="default: the embedded model")
+    parser.add_argument("--number", type=int, default=0, metavar="N", help="of the person (default 0)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of the clip (default 5)")
+    parser.set_defaults(run=_demo, resumable=True, less_memory="try fewer --seconds")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
+    from keysync_jax.launch.demo import demo
+    from keysync_jax.model import DEFAULT, open_model
+
+    if arguments.number < 0 or not 1 <= arguments.seconds <= 60:
+        raise UserError("a demo takes --number 0 or more and --seconds from 1 to 60")
+    model = open_model(arguments.model or DEFAULT)
+    found = demo(model, arguments.output, arguments.number, arguments.seconds, show_progress=True)
+    print(found.phases.table())
+    print(f"\n{found.scores.table()}\n\nwrote {found.dub} and {found.side_by_side}")
+    return 0

@@ -1,0 +1,46 @@
+"""Subcommands that train: train, init."""
+
+import argparse
+from pathlib import Path
+
+from keysync_jax.cli.common import Commands
+
+
+def add_train(commands: Commands) -> None:
+    """`keysync train`."""
+    from keysync_jax.launch.train import add_arguments
+
+    parser = commands.add_parser("train", help="train one stage")
+    add_arguments(parser)
+    less = "try a smaller batch_size with optimizer.accumulate, remat=layer, or a larger mesh.fsdp"
+    parser.set_defaults(run=run_train, resumable=True, less_memory=less)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Trains; returns the exit code. The one subcommand that takes `--config.x.y=v`."""
+    from keysync_jax.launch.train import run
+
+    return run(arguments, arguments.overrides)
+
+
+def add_init(commands: Commands) -> None:
+    """`keysync init`."""
+    parser = commands.add_parser("init", help="a model directory to start training from")
+    parser.add_argument("--vae", type=Path, required=True, metavar="RUN", help="run that trained its VAE")
+    for stage in ("keyframe", "interpolation"):
+        parser.add_argument(
+            f"--{stage}", type=Path, required=True, metavar="FILE", help="config of that stage's run"
+        )
+    parser.add_argument("--average", action="store_true", help="take the moving average of the VAE's weights")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
+    parser.set_defaults(run=_init, resumable=False, less_memory="run it on the CPU")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from keysync_jax.launch.train import load_stage_config
+    from keysync_jax.train.new_model import new_model
+
+    stages = (load_stage_config(arguments.keyframe), load_stage_config(arguments.interpolation))
+    new_model(arguments.vae, *stages, arguments.output, arguments.average)
+    print(f"wrote {arguments.output}; its stages are untrained")
+    return 0
