@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from keysync_jax.errors import UserError
@@ -17,9 +16,8 @@ from keysync_jax.nn.functional import Make, bind
 from keysync_jax.nn.vae import VAE, Posterior
 from keysync_jax.train.config import VAELossConfig, VAETrainConfig
 from keysync_jax.train.data import Epochs
-from keysync_jax.train.optimizer import learning_rate, make_optimizer, moving_average
 from keysync_jax.train.records import Dataset, decode_frame
-from keysync_jax.train.step import Metrics, TrainState
+from keysync_jax.train.step import Metrics, TrainState, update
 from keysync_jax.typing import Array, Params
 
 
@@ -141,19 +139,9 @@ class VAEStep:
         self, state: TrainState, aids: dict[str, Params], batch: FrameBatch
     ) -> tuple[TrainState, Metrics]:
         """One update by the gradient of `objective`."""
-        config = self.config.optimizer
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def loss(params: Params) -> tuple[Array, Metrics]:
             return objective(self.config.loss, bind(self.graphdef, {**state.frozen, **params}), batch, key)
 
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        updates, opt_state = make_optimizer(config).update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        moved = (state.step + 1) % config.accumulate == 0
-        ema = None if state.ema is None else moving_average(config, state.ema, params, moved)
-        metrics |= {
-            "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": learning_rate(config, state.step // config.accumulate),
-        }
-        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+        return update(self.config.optimizer, state, loss)

@@ -1,9 +1,10 @@
 """The training step: a batch in, one update of the trainable parameters out (paper, section 3.3).
 
-Three layers, each a pure function: `draw_clips` and `draw_noise` make every random choice of a step;
-`objective` is the loss with these choices given; `Step` differentiates it and moves the parameters.
+Layers of pure functions: `draw_clips` and `draw_noise` make every random choice of a step; `objective` is the
+loss with these choices given; `update` moves the parameters by the gradient of any loss; `Step` is all of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,12 +20,15 @@ from keysync_jax.model import DTYPES, Network
 from keysync_jax.nn.functional import Make, bind
 from keysync_jax.nn.stages import stage
 from keysync_jax.train.batch import Batch
-from keysync_jax.train.config import AnyTrainConfig, LossConfig, TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, LossConfig, OptimizerConfig, TrainConfig
 from keysync_jax.train.optimizer import learning_rate, make_optimizer, moving_average, partition
 from keysync_jax.typing import Array, Params
 
 Metrics = dict[str, Array]
 """Scalars fp32 of one step, by name."""
+
+Loss = Callable[[Params], tuple[Array, Metrics]]
+"""Of the trainable parameters: the loss, and its parts."""
 
 
 @jax.tree_util.register_dataclass
@@ -195,6 +199,24 @@ def objective(
     return loss, parts | {"sigma": noise.sigma.mean()}
 
 
+def update(config: OptimizerConfig, state: TrainState, loss: Loss) -> tuple[TrainState, Metrics]:
+    """Moves the trainable parameters by the gradient of a loss; pure.
+
+    Returns:
+      The next state, and the loss's metrics with `grad_norm` (before clipping) and `learning_rate`.
+    """
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    updates, opt_state = make_optimizer(config).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    moved = (state.step + 1) % config.accumulate == 0
+    ema = None if state.ema is None else moving_average(config, state.ema, params, moved)
+    metrics |= {
+        "grad_norm": optax.tree.norm(gradient),
+        "learning_rate": learning_rate(config, state.step // config.accumulate),
+    }
+    return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+
+
 @dataclass(frozen=True)
 class Step:
     """`step(state, batch) -> (state, metrics)`, pure; random numbers are a function of (seed, step).
@@ -221,7 +243,6 @@ class Step:
 
     def apply(self, state: TrainState, aids: dict[str, Params], batch: Batch) -> tuple[TrainState, Metrics]:
         """The step with the judging networks' parameters as an argument, no constants of the program."""
-        config = self.config.optimizer
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         clip_key, noise_key = jax.random.split(key)
         clips = draw_clips(self.config, batch, clip_key)
@@ -230,16 +251,7 @@ class Step:
         def loss(params: Params) -> tuple[Array, Metrics]:
             return self.loss({**state.frozen, **params}, aids, clips, noise)
 
-        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-        updates, opt_state = make_optimizer(config).update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        moved = (state.step + 1) % config.accumulate == 0
-        ema = None if state.ema is None else moving_average(config, state.ema, params, moved)
-        metrics |= {
-            "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": learning_rate(config, state.step // config.accumulate),
-        }
-        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+        return update(self.config.optimizer, state, loss)
 
     def loss(
         self, params: Params, aids: dict[str, Params], clips: Clips, noise: Noise
