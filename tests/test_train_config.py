@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from keysync_jax.cli import main
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.launch.train import add_arguments, load_config, run, split_overrides
+from keysync_jax.nn.functional import shapes
+from keysync_jax.nn.vae import VAE
 from keysync_jax.train.checkpoint import read_config, settle_config
-from keysync_jax.train.config import MeshConfig, TrainConfig
+from keysync_jax.train.config import MeshConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.plan import dry_run
 from keysync_jax.train.sharding import make_mesh
 
@@ -186,6 +189,27 @@ def test_full_size_dry_run(golden: Path) -> None:
     # Forward and backward of 448 frames: between 1 and 10 TFLOP a frame.
     assert 448e12 < plan.flops < 4480e12
     assert "trainable 869,661,380" in plan.table()
+
+
+def test_dry_run_of_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("configs/vae_tiny.py", ["--config.optimizer.kind=adamw"])
+    assert isinstance(config, VAETrainConfig)
+    plan = dry_run(config, devices=4)
+    count = sum(math.prod(x.shape) for x in shapes(lambda rngs: VAE(config.vae, rngs=rngs))[1].values())
+    assert (plan.trainable, plan.frozen) == (count, 0)
+    parts = {p.name: p for p in plan.parts}
+    assert set(parts) == {"trainable", "optimizer", "moving average", "batch"}
+    assert parts["trainable"].bytes_whole == parts["moving average"].bytes_device == 4 * count
+    assert parts["optimizer"].bytes_whole == pytest.approx(8 * count, rel=1e-4)
+    assert parts["batch"].bytes_device == 32 * 128 * 128 * 4 / 4
+    halved = load_config("configs/vae_tiny.py", ["--config.batch_size=16"])
+    assert plan.flops == pytest.approx(2 * dry_run(halved).flops, rel=1e-6)
+    argv = ["train", "--config", "configs/vae_tiny.py", "--dry-run", "--devices", "4"]
+    assert main([*argv, "--config.mesh.fsdp=2"]) == 0
+    table = capsys.readouterr().out
+    assert "VAE               128 pixels to 16 x 16 x 8, fp32, remat none" in table
+    assert "data 2 x fsdp 2 = 4 devices, 32 frames a step" in table
+    assert f"trainable {count:,}, frozen 0" in table
 
 
 def test_dry_run_of_a_mesh_that_does_not_fit() -> None:

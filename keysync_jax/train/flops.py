@@ -75,6 +75,14 @@ def batch_shapes(config: TrainConfig) -> Batch:
     )
 
 
+def frame_batch_shapes(config: VAETrainConfig) -> FrameBatch:
+    """Shapes of a global batch of a VAE's run."""
+    shape = (config.batch_size, config.crop_size, config.crop_size)
+    return FrameBatch(
+        frame=jax.ShapeDtypeStruct((*shape, 3), jnp.uint8), mouth=jax.ShapeDtypeStruct((*shape, 1), jnp.uint8)
+    )
+
+
 def step_flops(
     config: TrainConfig,
     graphdef: nnx.GraphDef,
@@ -105,17 +113,13 @@ def step_flops(
 
 def vae_step_flops(config: VAETrainConfig, graphdef: nnx.GraphDef, params: Params) -> int:
     """Operations of one step of a VAE's run over all devices; nothing is allocated or compiled."""
-    shape = (config.batch_size, config.crop_size, config.crop_size)
-    batch = FrameBatch(
-        jax.ShapeDtypeStruct((*shape, 3), jnp.uint8), jax.ShapeDtypeStruct((*shape, 1), jnp.uint8)
-    )
     trainable, frozen = partition(config.optimizer, params)
 
     def loss(trainable: Params, frozen: Params, batch: FrameBatch) -> Any:
         vae = bind(graphdef, {**frozen, **trainable})
         return vae_objective(config.loss, vae, batch, jax.random.key(0))[0]
 
-    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, batch).jaxpr
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, frame_batch_shapes(config)).jaxpr
     return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
 
 

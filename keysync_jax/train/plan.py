@@ -2,17 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
-from keysync_jax.train.config import TrainConfig
-from keysync_jax.train.flops import batch_shapes, step_flops
+from keysync_jax.train.autoencoder import make_vae
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
+from keysync_jax.train.flops import batch_shapes, frame_batch_shapes, step_flops, vae_step_flops
 from keysync_jax.train.sharding import batch_sharding, bytes_per_device, make_mesh, shardings
 from keysync_jax.train.start import load_perceptual, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
+from keysync_jax.typing import Params
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Plan:
       flops: of one step over all devices.
     """
 
-    config: TrainConfig
+    config: AnyTrainConfig
     mesh: dict[str, int]
     trainable: int
     frozen: int
@@ -56,9 +58,10 @@ class Plan:
         devices = math.prod(self.mesh.values())
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
         total = self.trainable + self.frozen
+        network, samples = _names(self.config)
         lines = [
-            f"stage             {self.config.stage.kind}, {self.config.dtype}, remat {self.config.remat}",
-            f"mesh              {axes} = {devices} devices, {self.config.batch_size} clips a step",
+            f"{network}, {self.config.dtype}, remat {self.config.remat}",
+            f"mesh              {axes} = {devices} devices, {self.config.batch_size} {samples} a step",
             f"parameters        {total:,}: trainable {self.trainable:,}, frozen {self.frozen:,}",
             "",
             f"{'memory':<18}{'one copy':>16}{'on a device':>16}",
@@ -78,7 +81,23 @@ class Plan:
         )
 
 
-def dry_run(config: TrainConfig, devices: int = 1) -> Plan:
+class _Work(NamedTuple):
+    """What a step works on, in shapes.
+
+    Attributes:
+      params: every parameter of the network that is trained.
+      aids: networks that only judge, by their names in the table.
+      batch: the global one.
+      flops: of one step over all devices.
+    """
+
+    params: Params
+    aids: dict[str, Params]
+    batch: Any
+    flops: int
+
+
+def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
     """Counts what a run takes on a mesh of `devices` devices.
 
     Raises:
@@ -88,34 +107,54 @@ def dry_run(config: TrainConfig, devices: int = 1) -> Plan:
         raise UserError(f"a dry run is for 1 device or more, not {devices}")
     # Shardings ask a mesh for its sizes alone, so one device can stand for all.
     mesh = make_mesh(config.mesh, config.batch_size, [jax.devices("cpu")[0]] * devices)
-    graphdef, params = shapes(make_stage(config))
-    state = jax.eval_shape(lambda params: init_state(config, params), params)
-    vae = vae_shapes(config) if config.loss.pixel != "none" else None
-    perceptual = load_perceptual(config)
+    work = _stage_work(config) if isinstance(config, TrainConfig) else _vae_work(config)
+    state = jax.eval_shape(lambda params: init_state(config, params), work.params)
     trees = {
         "trainable": state.params,
         "frozen": state.frozen,
         "optimizer": state.opt_state,
         "moving average": state.ema,
-        "VAE": None if vae is None else dict(vae.params),
-        "LPIPS": None if perceptual is None else dict(perceptual.params),
+        **{name: dict(params) for name, params in work.aids.items()},
     }
     parts = [
         Part(name, _bytes(tree), bytes_per_device(tree, shardings(mesh, config.mesh, tree)))
         for name, tree in trees.items()
         if tree
     ]
-    batch = batch_shapes(config)
-    split = jax.tree.map(lambda _: batch_sharding(mesh), batch)
-    parts.append(Part("batch", _bytes(batch), bytes_per_device(batch, split)))
+    split = jax.tree.map(lambda _: batch_sharding(mesh), work.batch)
+    parts.append(Part("batch", _bytes(work.batch), bytes_per_device(work.batch, split)))
     return Plan(
         config=config,
         mesh=dict(mesh.shape),
         trainable=_count(state.params),
         frozen=_count(state.frozen),
         parts=tuple(parts),
-        flops=step_flops(config, graphdef, params, vae, perceptual),
+        flops=work.flops,
     )
+
+
+def _stage_work(config: TrainConfig) -> _Work:
+    graphdef, params = shapes(make_stage(config))
+    vae = vae_shapes(config) if config.loss.pixel != "none" else None
+    perceptual = load_perceptual(config)
+    networks = {"VAE": vae, "LPIPS": perceptual}
+    aids: dict[str, Params] = {name: n.params for name, n in networks.items() if n is not None}
+    flops = step_flops(config, graphdef, params, vae, perceptual)
+    return _Work(params, aids, batch_shapes(config), flops)
+
+
+def _vae_work(config: VAETrainConfig) -> _Work:
+    graphdef, params = shapes(make_vae(config))
+    return _Work(params, {}, frame_batch_shapes(config), vae_step_flops(config, graphdef, params))
+
+
+def _names(config: AnyTrainConfig) -> tuple[str, str]:
+    """The table's words for the network that is trained, and for what a batch is made of."""
+    if isinstance(config, TrainConfig):
+        return f"stage             {config.stage.kind}", "clips"
+    side = config.crop_size // config.vae.factor
+    latents = f"{side} x {side} x {config.vae.latent_channels}"
+    return f"VAE               {config.crop_size} pixels to {latents}", "frames"
 
 
 def _count(tree: Any) -> int:
