@@ -42,14 +42,12 @@ class Truth:
 class Pair:
     """Pair `number` of the world `seed`: files in a folder, made when they are missing.
 
-    Attributes:
-      source: the clip whose mouth is to be replaced; `driving`: the one whose voice does it.
+    Clips, frames and truths are made when they are asked for, and kept, some 10 MB a second, until `forget`.
     """
 
     def __init__(self, folder: Path, seed: int, number: int, seconds: float, occluded: bool = False):
         self.folder, self.number = folder, number
-        self.source = draw_clip(seed, number, seconds, occluded)
-        self.driving = draw_clip(seed, VOICES + number, seconds)
+        self._seed, self._seconds, self._occluded = seed, seconds, occluded
         folder.mkdir(parents=True, exist_ok=True)
         self.video = folder / f"{self.source.name}.mp4"
         self.voice = folder / f"{self.driving.name}.wav"
@@ -60,6 +58,23 @@ class Pair:
             write_wave(self.voice, self.driving.wave)
         if not self.silence.is_file():
             write_wave(self.silence, np.zeros(round(seconds * SAMPLE_RATE), np.float32))
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of everything that can be made or read again; what is left takes no memory to speak of."""
+        for name, value in vars(Pair).items():
+            if isinstance(value, cached_property):
+                vars(self).pop(name, None)
+
+    @cached_property
+    def source(self) -> SyntheticClip:
+        """The clip whose mouth is to be replaced."""
+        return draw_clip(self._seed, self.number, self._seconds, self._occluded)
+
+    @cached_property
+    def driving(self) -> SyntheticClip:
+        """The clip whose voice does it."""
+        return draw_clip(self._seed, VOICES + self.number, self._seconds)
 
     @property
     def landmarks_file(self) -> Path:

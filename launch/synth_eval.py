@@ -111,6 +111,23 @@ class Scores:
 Advance = Callable[[int], object]
 
 
+@dataclass(frozen=True)
+class _Series:
+    """What is kept of a pair that was measured; every array is `[T]`.
+
+    Attributes:
+      dub, quiet: mouths of the dub with its voice, and of the one with none where that is measured.
+      spoken, unsaid: true opening of the driving voice, and the source's own.
+      seen: where the mouth can be read.
+    """
+
+    dub: Mouths
+    quiet: Mouths | None
+    spoken: np.ndarray
+    unsaid: np.ndarray
+    seen: np.ndarray
+
+
 def measure(
     model: Model,
     pairs: Sequence[Pair],
@@ -124,53 +141,56 @@ def measure(
 ) -> Scores:
     """Dubs every pair, with its voice and (`silence`) with none, and measures the result.
 
+    Pairs forget their frames once they are measured, so the memory does not grow with their number.
+
     Args:
       output: folder of the dubs; those that are there are taken.
       occluder: hand the pairs' occluder masks to the dub.
       vae: measure the VAE alone too.
     """
     size = model.config.crop_size
-    dubs, quiet, rows = [], [], []
+    series, rows = [], []
     for pair in pairs:
         frames = pair.dubbed(model, output / f"{pair.number:05d}.mp4", occluder=occluder)
-        dubs.append(read_mouths(reader, frames, pair))
+        dub, quiet = read_mouths(reader, frames, pair), None
         rows.append(_pictures(pair, frames, size))
         advance(1)
         if silence:
             still = pair.dubbed(model, output / f"{pair.number:05d}-silent.mp4", True, occluder)
-            quiet.append(read_mouths(reader, still, pair))
+            quiet = read_mouths(reader, still, pair)
             advance(1)
         if vae:
             rows[-1]["psnr_vae"] = psnr(
                 pair.reconstructed(model), pair.crops(pair.original, size), pair.face(size)
             )
-    values = _of_mouths(pairs, dubs, quiet)
+        series.append(_Series(dub, quiet, pair.spoken.opening, pair.unsaid.opening, pair.readable))
+        pair.forget()
+    values = _of_mouths(series)
     values |= {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return Scores(len(pairs), values)
 
 
-def _of_mouths(pairs: Sequence[Pair], dubs: Sequence[Mouths], quiet: Sequence[Mouths]) -> dict[str, float]:
+def _of_mouths(series: Sequence[_Series]) -> dict[str, float]:
     """Measures of what the mouths do."""
-    truths = [pair.spoken.opening for pair in pairs]
-    seen = [pair.readable for pair in pairs]
+    truths = [pair.spoken for pair in series]
     # Of a single pair, whose voice has none to be exchanged with, another moment of its own truth is taken.
     others = truths[1:] + truths[:1] if len(truths) > 1 else [np.roll(t, len(t) // 2) for t in truths]
 
-    def against(series: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-        whole = zip(dubs, series, seen, strict=True)
-        return [(dub.opening[where], other[where]) for dub, other, where in whole]
+    def against(references: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        whole = zip(series, references, strict=True)
+        return [(pair.dub.opening[pair.seen], reference[pair.seen]) for pair, reference in whole]
 
     values = {
         "sync": mean_correlation(against(truths)),
         "shuffled": abs(mean_correlation(against(others))),
         "lag": float(mean_lag(against(truths))),
-        "source": source_correlation(against([pair.unsaid.opening for pair in pairs])),
-        "source_truth": source_correlation([(pair.spoken.opening, pair.unsaid.opening) for pair in pairs]),
+        "source": source_correlation(against([pair.unsaid for pair in series])),
+        "source_truth": source_correlation([(pair.spoken, pair.unsaid) for pair in series]),
     }
-    if quiet:
-        leaks = [lip_leak(still.mar, dub.mar) for still, dub in zip(quiet, dubs, strict=True)]
-        values["lip_leak"] = float(np.mean(leaks))
-        values["lip_leak_lite"] = float(np.mean([lip_leak_lite(still.mar) for still in quiet]))
+    silences = [(pair.quiet.mar, pair.dub.mar) for pair in series if pair.quiet is not None]
+    if silences:
+        values["lip_leak"] = float(np.mean([lip_leak(quiet, dub) for quiet, dub in silences]))
+        values["lip_leak_lite"] = float(np.mean([lip_leak_lite(quiet) for quiet, _ in silences]))
     return values
 
 

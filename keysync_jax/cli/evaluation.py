@@ -28,8 +28,7 @@ def add_synth_eval(commands: Commands) -> None:
         metavar="NAME=MODEL_DIR",
         help="another model, measured like a variant; may be repeated",
     )
-    less = "try fewer --clips"
-    parser.set_defaults(run=_synth_eval, resumable=True, less_memory=less)
+    parser.set_defaults(run=_synth_eval, resumable=True, less_memory="try fewer --seconds")
 
 
 def _synth_eval(arguments: argparse.Namespace) -> int:
