@@ -1,75 +1,45 @@
-"""From clips to a dataset: what is stored, what is skipped, and going on after an interruption."""
+"""From clips to a dataset: what is stored, and what is skipped or refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import wave
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import av
 import cv2
-import jax
 import numpy as np
 import pytest
 
 from keysync_jax.cli import main
-from keysync_jax.config import VAEConfig
 from keysync_jax.errors import UserError
 from keysync_jax.launch import parts as parts_module
-from keysync_jax.launch import prepare as prepare_module
 from keysync_jax.launch.faces import Task, cut_all
 from keysync_jax.launch.prepare import PrepareReport, PrepareSettings, check, prepare
-from keysync_jax.launch.sources import Clip, find_clips
+from keysync_jax.launch.sources import Clip
 from keysync_jax.media.audio import RATE, read_audio
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
 from keysync_jax.media.pitch import shifted
 from keysync_jax.media.video import read_frames
 from keysync_jax.media.writer import VideoWriter
-from keysync_jax.model import Model, Network, open_model
+from keysync_jax.model import Model
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.latents import encode_frames
-from keysync_jax.tensorfile import sha256_of, write_tensors
-from keysync_jax.train.records import Dataset, Settings, audio_name, decode_frame
-from tests.clips import face_landmarks, write_video, write_voice
-
-FRAMES = {"a2": 20, "a10": 31, "sub/b": 16}
-
-
-def add_clip(folder: Path, name: str, frames: int, landmarks: np.ndarray | None = None) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    voice = write_voice(folder.parent / "voice.wav", frames / 25)
-    write_video(folder / f"{name}.mp4", frames, voice=voice)
-    np.save(folder / f"{name}.npy", face_landmarks(frames) if landmarks is None else landmarks)
-
-
-class KeptModel(Model):
-    """Loads each component once."""
-
-    kept: ClassVar[dict[str, Network]] = {}
-
-    def load(self, component: str, dtype: str = "fp32") -> Network:
-        if component not in self.kept:
-            self.kept[component] = super().load(component, dtype)
-        return self.kept[component]
+from keysync_jax.tensorfile import sha256_of
+from keysync_jax.train.records import Dataset, audio_name, decode_frame
+from tests.clips import face_landmarks, write_video
+from tests.preparing import FRAMES, add_clip, contents, kept_model, raise_interrupt, write_good
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Model:
-    opened = open_model(tiny_model)
-    return KeptModel(opened.folder, opened.config, opened.hashes)
+    return kept_model(tiny_model)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three good clips and five bad ones."""
-    folder = tmp_path_factory.mktemp("raw") / "clips"
-    for name, frames in FRAMES.items():
-        add_clip(folder, name, frames)
+    folder = write_good(tmp_path_factory.mktemp("raw") / "clips")
     add_clip(folder, "faceless", 20, np.full((20, 68, 2), np.nan, np.float32))
     add_clip(folder, "short", 12)
     add_clip(folder, "misfit", 20, face_landmarks(7))
@@ -82,14 +52,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The good clips alone."""
-    folder = tmp_path_factory.mktemp("good") / "clips"
-    for name in FRAMES:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".mp4", ".npy"):
-            shutil.copy2(source / f"{name}{suffix}", folder / f"{name}{suffix}")
-    return folder
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_good(tmp_path_factory.mktemp("good") / "clips")
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +68,6 @@ def prepared_good(good: Path, model: Model, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("prepared_good") / "dataset"
     prepare(good, folder, model)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    assert all(path.is_file() for path in folder.iterdir())
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_good_clips_are_done_and_bad_ones_reported(source: Path, prepared: Path, model: Model) -> None:
@@ -174,193 +133,6 @@ def test_the_manifest_names_its_model(prepared: Path, model: Model) -> None:
 def test_workers_make_the_same_bytes(source: Path, prepared: Path, model: Model, tmp_path: Path) -> None:
     prepare(source, tmp_path / "again", model, PrepareSettings(workers=2))
     assert contents(tmp_path / "again") == contents(prepared)
-
-
-def test_a_clip_that_kills_its_worker_is_reported(good: Path, tmp_path: Path) -> None:
-    clips = find_clips(good)
-    tasks = [Task(clip, tmp_path / str(i), 16, 14, "mediapipe", None) for i, clip in enumerate(clips)]
-    tasks.insert(1, Task(Deadly("x", good / "x.mp4", "x.mp4"), tmp_path / "x", 16, 14, "mediapipe", None))
-    results = list(cut_all(tasks, 1))
-    assert [task.clip.name for task, _ in results] == ["a2", "x", "a10", "sub/b"]
-    assert [isinstance(found, str) for _, found in results] == [False, True, False, False]
-    assert "ended its process" in str(results[1][1])
-
-
-class Deadly(Clip):
-    """Ends the process that unpickles it."""
-
-    def __reduce__(self) -> Any:
-        return os._exit, (9,)
-
-
-KILLED = """
-import os, signal, sys
-from keysync_jax.launch import parts
-from keysync_jax.launch.prepare import PrepareSettings, prepare
-finish = parts.Work.finish
-def finish_and_die(work, clip, part):
-    finish(work, clip, part)
-    if clip.name == "a10":
-        os.kill(os.getpid(), signal.SIGKILL)
-parts.Work.finish = finish_and_die
-prepare(sys.argv[1], sys.argv[2], sys.argv[3])
-"""
-
-
-def test_a_killed_run_goes_on_behind_the_clips_that_are_done(
-    good: Path, prepared_good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "dataset"
-    command = [sys.executable, "-c", KILLED, str(good), str(output), str(model.folder)]
-    assert subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == -signal.SIGKILL
-    with pytest.raises(UserError, match="not a prepared dataset"):
-        Dataset(output)
-    made = []
-
-    def counting(tasks: Sequence[Task], workers: int) -> Any:
-        made.extend(task.clip.name for task in tasks)
-        return cut_all(tasks, workers)
-
-    monkeypatch.setattr(prepare_module, "cut_all", counting)
-    assert prepare(good, output, model).done == 3
-    assert made == ["sub/b"]
-    assert contents(output) == contents(prepared_good)
-
-
-def test_a_run_killed_between_shards_goes_on(
-    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare_module, "MIB", 1)
-    prepare(good, tmp_path / "whole", model)
-    write = parts_module.Work._shard
-
-    def stop_at_the_second(work: Any, number: int, group: Any) -> Any:
-        if number == 1:
-            raise KeyboardInterrupt
-        return write(work, number, group)
-
-    monkeypatch.setattr(parts_module.Work, "_shard", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(good, tmp_path / "dataset", model)
-    assert len(list((tmp_path / "dataset/.work/parts").glob("*.arrayrecord"))) == 2
-    with pytest.raises(UserError, match="already being put together from other clips"):
-        prepare(good / "sub", tmp_path / "dataset", model)
-    monkeypatch.setattr(parts_module.Work, "_shard", write)
-    prepare(good, tmp_path / "dataset", model)
-    assert contents(tmp_path / "dataset") == contents(tmp_path / "whole")
-    dataset = check(tmp_path / "dataset")
-    assert [(clip.shard, clip.first) for clip in dataset.clips] == [(0, 0), (1, 0), (2, 0)]
-
-
-def test_a_clip_that_changed_is_done_again(
-    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "clips"
-    shutil.copytree(good, folder)
-    monkeypatch.setattr(parts_module.Work, "decide", raise_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(folder, tmp_path / "dataset", model)
-    monkeypatch.undo()
-    add_clip(folder, "a2", 25)
-    assert prepare(folder, tmp_path / "dataset", model).frames == 25 + 31 + 16
-
-
-def raise_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_other_settings_do_not_mix_with_what_is_there(
-    good: Path, prepared_good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match="holds a dataset of other clips or settings"):
-        prepare(good, prepared_good, model, PrepareSettings(latents="sample"))
-    with pytest.raises(UserError, match="holds a dataset of other clips or settings"):
-        prepare(good / "sub", prepared_good, model)
-    monkeypatch.setattr(parts_module.Work, "decide", raise_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(good, tmp_path / "begun", model)
-    with pytest.raises(UserError, match="was begun with another model or other settings"):
-        prepare(good, tmp_path / "begun", model, PrepareSettings(encoders=("hubert",)))
-
-
-def test_a_full_disk_is_not_a_bad_clip(
-    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepare_module, "write_part", fail)
-    with pytest.raises(OSError, match="No space left"):
-        prepare(good, tmp_path / "dataset", model)
-
-
-def test_a_device_that_fails_is_not_a_bad_clip(
-    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    monkeypatch.setattr(prepare_module, "audio_features", fail)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        prepare(good / "a2.mp4", tmp_path / "dataset", model)
-    assert not list((tmp_path / "dataset/.work/crops").iterdir())
-
-
-def test_a_second_run_on_the_same_output_is_refused(
-    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output, refused = tmp_path / "dataset", []
-    decide = parts_module.Work.decide
-
-    def meet_a_second(work: Any, *decided: Any) -> None:
-        with pytest.raises(UserError, match="another run is preparing this dataset") as second:
-            prepare(good / "a2.mp4", output, model)
-        refused.append(second)
-        decide(work, *decided)
-
-    monkeypatch.setattr(parts_module.Work, "decide", meet_a_second)
-    assert prepare(good / "a2.mp4", output, model).done == 1
-    assert len(refused) == 1
-    assert [path.name for path in sorted(output.iterdir())] == [
-        "manifest.json",
-        "report.json",
-        "shard-00000.arrayrecord",
-    ]
-
-
-def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
-    settings = Settings(16, 8, "posterior", True, None, {}, "files")
-    program = (
-        "import fcntl, os, signal, sys\n"
-        "lock = open(sys.argv[1], 'wb')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "print('locked', flush=True)\n"
-        "signal.pause()"
-    )
-    lock = tmp_path / "dataset/.work/lock"
-    lock.parent.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"locked\n"
-        try:
-            with pytest.raises(UserError, match="another run"):
-                parts_module.open_work(tmp_path / "dataset", settings, 1).__enter__()
-        finally:
-            other.kill()
-    with parts_module.open_work(tmp_path / "dataset", settings, 1) as work:
-        assert work.crops.is_dir()
-
-
-@pytest.mark.parametrize("operation", ["mkdir", "open"])
-def test_an_output_that_cannot_be_written(
-    good: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(parts_module.Path, operation, fail)
-    with pytest.raises(UserError, match=r"out: cannot be written \(Permission denied\)"):
-        prepare(good / "a2.mp4", tmp_path / "out", model)
 
 
 def test_a_stored_sample_is_drawn_from_the_posterior(
@@ -484,127 +256,6 @@ def remux_with_delay(source: Path, target: Path, seconds: float) -> None:
                 packet.pts, packet.dts = packet.pts + delay, packet.dts + delay
             packet.stream = streams[packet.stream.index]
             write.mux(packet)
-
-
-def write_reference_layout(folder: Path, clips: dict[str, int]) -> dict[str, dict[str, np.ndarray]]:
-    """The reference's folders, with 64 x 64 crops of 8 x 8 latents."""
-    rng, arrays = np.random.default_rng(0), {}
-    for name, frames in clips.items():
-        for kind in ("videos", "audios", "landmarks"):
-            (folder / kind / name).parent.mkdir(parents=True, exist_ok=True)
-        latents = rng.normal(size=(frames, 4, 8, 8)).astype(np.float16)
-        audio = rng.normal(size=(frames + 1, 2, 768)).astype(np.float32)
-        landmarks = face_landmarks(frames, 512, 512)
-        write_tensors(folder / "videos" / f"{name}_video_512_latent.safetensors", {"latents": latents})
-        write_tensors(folder / "audios" / f"{name}_hubert_emb.safetensors", {"audio": audio})
-        np.save(folder / "landmarks" / f"{name}.npy", landmarks)
-        write_video(folder / "videos" / f"{name}.mp4", frames, 64, 64)
-        arrays[name] = {"latents": latents, "audio": audio, "landmarks": landmarks}
-    return arrays
-
-
-def test_the_references_folders_are_taken_as_they_are(tmp_path: Path) -> None:
-    folder = tmp_path / "reference"
-    arrays = write_reference_layout(folder, {"c1": 20, "deep/c2": 18, "c3": 20})
-    (folder / "audios" / "c3_hubert_emb.safetensors").unlink()
-    report = prepare(folder, tmp_path / "dataset")
-    assert report.done == 2
-    ((source, reason),) = report.skipped
-    assert source == "videos/c3_video_512_latent.safetensors"
-    assert "has no hubert features" in reason
-    dataset = check(tmp_path / "dataset")
-    assert (dataset.settings.crop_size, dataset.settings.latent_size) == (64, 8)
-    assert dataset.settings.encoders["hubert"].sha256 is None
-    assert [clip.name for clip in dataset.clips] == ["c1", "deep/c2"]
-    for clip, name in enumerate(("c1", "deep/c2")):
-        given, frames = arrays[name], dataset.clips[clip].frames
-        records = dataset.read(clip, range(frames))
-        raw = np.stack([r["mean"] for r in records])
-        back = (raw * np.float32(VAEConfig().scale_factor)).transpose(0, 3, 1, 2).astype(np.float16)
-        np.testing.assert_array_equal(back, given["latents"])
-        np.testing.assert_array_equal([r["audio_hubert"] for r in records], given["audio"][:frames])
-        np.testing.assert_allclose(
-            [r["landmarks"] for r in records], given["landmarks"] / 8, rtol=1e-6, atol=1e-5
-        )
-        pixels = list(read_frames(folder / "videos" / f"{name}.mp4"))
-        stored = np.stack([decode_frame(r["frame"]) for r in records]).astype(int)
-        assert np.abs(stored - np.stack(pixels)).mean() < 2
-
-
-def test_clips_without_latents_are_reported(tmp_path: Path) -> None:
-    folder = tmp_path / "reference"
-    write_reference_layout(folder, {"c1": 20, "c2": 20})
-    (folder / "videos/c2_video_512_latent.safetensors").unlink()
-    (folder / "raw").mkdir()
-    (folder / "raw/a.MP4").touch()
-    (folder / "audios/c4_wavlm_emb.safetensors").write_bytes(b"")
-    report = prepare(folder, tmp_path / "dataset")
-    assert report.done == 1
-    reasons = dict(report.skipped)
-    assert list(reasons) == ["videos/c2.mp4", "audios/c4_wavlm_emb.safetensors", "raw/a.MP4"]
-    assert all("has no latents" in reason for reason in reasons.values())
-    assert set(Dataset(tmp_path / "dataset").settings.encoders) == {"hubert"}
-    assert prepare(folder, tmp_path / "dataset") == report
-
-
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"landmarks": "face_alignment"}, "--landmarks"),
-        ({"landmark_model": Path("model.task")}, "--landmark-model"),
-        ({"allow_download": True}, "--allow-download"),
-        ({"latents": "sample"}, "--latents"),
-        ({"seed": 1}, "--seed"),
-        ({"dtype": "bf16"}, "--dtype"),
-        ({"workers": 2}, "--workers"),
-    ],
-)
-def test_precomputed_latents_refuse_settings_of_videos(
-    tmp_path: Path, changes: dict[str, Any], flag: str
-) -> None:
-    (tmp_path / "c1_video_512_latent.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=f"precomputed latents take no {flag}; leave it out"):
-        prepare(tmp_path, tmp_path / "dataset", settings=PrepareSettings(**changes))
-
-
-def test_the_references_features_cannot_be_shifted(tmp_path: Path) -> None:
-    write_reference_layout(tmp_path / "reference", {"c1": 20})
-    with pytest.raises(UserError, match="have no shifted voices"):
-        prepare(tmp_path / "reference", tmp_path / "dataset", settings=PrepareSettings(pitch=(2,)))
-
-
-def test_landmarks_of_another_frame_size_are_noticed(tmp_path: Path) -> None:
-    folder = tmp_path / "reference"
-    arrays = write_reference_layout(folder, {"c1": 20})
-    np.save(folder / "landmarks" / "c1.npy", arrays["c1"]["landmarks"] * 3)
-    with pytest.raises(UserError, match="lie outside of a 512 x 512 frame"):
-        prepare(folder, tmp_path / "dataset")
-    assert not (tmp_path / "dataset").exists()
-
-
-def test_lists_of_videos(good: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "list.txt"
-    listed.write_text(f"{good / 'sub/b.mp4'}\n\n{good / 'a2.mp4'}\n")
-    assert [clip.name for clip in find_clips(listed)] == ["a2", "sub/b"]
-    assert [clip.name for clip in find_clips([good / "a10.mp4", good / "a2.mp4"])] == ["a2", "a10"]
-    assert [clip.source for clip in find_clips(good / "a2.mp4")] == ["a2.mp4"]
-    shutil.copy(good / "a2.mp4", tmp_path / "x.mp4")
-    shutil.copy(good / "a2.mp4", tmp_path / "x.mov")
-    assert [clip.name for clip in find_clips(tmp_path)] == ["x.mov", "x.mp4"]
-
-
-def test_several_folders_and_videos(tmp_path: Path) -> None:
-    for name in ("one/a.mp4", "two/deep/a.mp4", "two/.hidden/b.mp4", "c.mp4", "latents/x.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    given = [tmp_path / "one", tmp_path / "two", tmp_path / "c.mp4", tmp_path / "one/a.mp4"]
-    assert [clip.name for clip in find_clips(given)] == ["c", "one/a", "two/deep/a"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: holds no video"):
-        find_clips([*given, tmp_path / "empty"])
-    (tmp_path / "latents/x_video_512_latent.safetensors").touch()
-    with pytest.raises(UserError, match="holds precomputed latents; give this one folder alone"):
-        find_clips([*given, tmp_path / "latents"])
 
 
 @pytest.mark.parametrize(
