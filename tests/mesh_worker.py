@@ -7,11 +7,9 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
-from flax import nnx
 
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.batch import Batch
@@ -20,7 +18,6 @@ from keysync_jax.train.sharding import (
     bytes_per_device,
     jit_step,
     make_mesh,
-    new_state,
     place_batch,
     shardings,
     state_from,
@@ -54,14 +51,6 @@ def steps_on(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -
     return found | {"losses": losses}
 
 
-def new_shard(config: TrainConfig, devices: Sequence[jax.Device]) -> tuple[int, ...]:
-    """The part of a freshly initialised kernel `[16, 32]` that one device holds."""
-    config = replace(config, optimizer=replace(config.optimizer, frozen=()))
-    mesh = make_mesh(config.mesh, config.batch_size, devices)
-    state = new_state(mesh, config, lambda rngs: nnx.Linear(16, 32, rngs=rngs))
-    return state.params["kernel"].addressable_shards[0].data.shape
-
-
 def local_rows(whole: Batch) -> Batch:
     """This process's part of a global batch."""
     index, count = jax.process_index(), jax.process_count()
@@ -74,13 +63,11 @@ def main(arguments: list[str]) -> None:
         jax.distributed.initialize(f"localhost:{port}", processes, process)
         arguments = arguments[3:]
     found: dict[str, Any] = {}
-    new = {}
     for sizes in arguments:
         data, fsdp = map(int, sizes.split(","))
         devices = jax.devices()[: data * fsdp]
         found[sizes] = steps_on(settings(data, fsdp), devices)
-        new[sizes] = new_shard(settings(data, fsdp), devices)
-    print(json.dumps(found | {"new_state": new}), flush=True)
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec
 
 from keysync_jax.config import StageConfig, UNetConfig
 from keysync_jax.errors import UserError
-from keysync_jax.nn.functional import init, shapes
-from keysync_jax.train.config import MeshConfig, OptimizerConfig, TrainConfig
+from keysync_jax.nn.functional import shapes
+from keysync_jax.train.config import MeshConfig, TrainConfig
 from keysync_jax.train.sharding import (
     batch_sharding,
     bytes_per_device,
     check_rules,
     make_mesh,
-    new_state,
     shardings,
     spec,
 )
@@ -50,7 +48,6 @@ def test_losses_are_the_single_devices_and_memory_is_shared(capsys: pytest.Captu
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found.pop("new_state") == {m: [16, 32 // int(m.split(",")[1])] for m in MESHES}
     single = found["1,1"]
     assert len(set(single["losses"])) == 5
     with capsys.disabled():
@@ -95,19 +92,6 @@ def test_everything_kept_of_a_parameter_lies_as_it_does() -> None:
     assert placed.step.spec == adam.count.spec == PartitionSpec()
     assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
     assert bytes_per_device(state.params, placed.params) == 3 * 16 * 4 // 8
-
-
-def test_a_new_state_is_that_of_the_initialisers() -> None:
-    config = train_config(batch_size=1, seed=3, optimizer=OptimizerConfig(frozen=()))
-
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        return nnx.Linear(16, 32, rngs=rngs)
-
-    state = new_state(make_mesh(config.mesh, 1, jax.devices()[:1]), config, make)
-    wanted = init(make, 3)[1]
-    assert set(state.params) == set(wanted)
-    for k, v in wanted.items():
-        np.testing.assert_allclose(state.params[k], v, rtol=1e-6)
 
 
 def test_full_size_on_eight_devices_is_an_eighth(capsys: pytest.CaptureFixture[str]) -> None:

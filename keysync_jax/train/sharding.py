@@ -16,8 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath
 
 from keysync_jax.errors import UserError
-from keysync_jax.nn.functional import Make, init
-from keysync_jax.train.config import AnyTrainConfig, MeshConfig, TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, MeshConfig
 from keysync_jax.train.step import Metrics, TrainState, init_state
 from keysync_jax.typing import Params
 
@@ -153,15 +152,6 @@ def place_batch(mesh: Mesh, batch: B) -> B:
     """This process's rows of a batch (numpy), as its part of the global one."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-
-
-def new_state(mesh: Mesh, config: TrainConfig, make: Make) -> TrainState:
-    """The state of a freshly initialised network, made where it lies."""
-
-    def build() -> TrainState:
-        return init_state(config, init(make, config.seed)[1])
-
-    return jax.jit(build, out_shardings=shardings(mesh, config.mesh, jax.eval_shape(build)))()
 
 
 def state_from(mesh: Mesh, config: AnyTrainConfig, params: Params) -> TrainState:
