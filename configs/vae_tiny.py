@@ -19,7 +19,11 @@ from keysync_jax.train.config import (
 CROP = 128
 
 VAE = VAEConfig(
-    latent_channels=8, block_out_channels=(32, 64, 96, 96), layers_per_block=1, norm_groups=8, scale_factor=1.0
+    latent_channels=8,
+    block_out_channels=(32, 64, 96, 96),
+    layers_per_block=1,
+    norm_groups=8,
+    scale_factor=1.0,
 )
 
 
@@ -28,7 +32,7 @@ def get_config() -> ConfigDict:
     config = VAETrainConfig(
         vae=VAE,
         crop_size=CROP,
-        # Errors are small where PSNR counts, so the squared one needs a weight to be heard beside the absolute.
+        # The squared error, which PSNR counts, is far smaller than the absolute one.
         loss=VAELossConfig(l1=1.0, l2=8.0, kl=3e-4, mouth=3.0),
         optimizer=OptimizerConfig(
             kind="muon",

@@ -166,7 +166,9 @@ def measure(
         series.append(_Series(dub, quiet, pair.spoken.opening, pair.unsaid.opening, pair.readable))
         pair.forget()
     values = _of_mouths(series)
-    values |= {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    for name in MEASURES:
+        found = [row[name] for row in rows if name in row]
+        values |= {name: float(np.mean(found))} if found else {}
     return Scores(len(pairs), values)
 
 

@@ -216,6 +216,26 @@ def test_a_new_models_posterior_is_scaled_with_its_mean(faces: Path, run: Path, 
     np.testing.assert_allclose(scaled.logvar, plain.logvar - 2 * np.log(std), rtol=1e-4, atol=1e-4)
 
 
+def test_stages_begin_with_what_fits_of_another_model(run: Path, tmp_path: Path) -> None:
+    first, second = stage_config("keyframe"), stage_config("interpolation")
+    new_model(run, first, second, tmp_path / "old")
+    wider = dataclasses.replace(
+        first.stage, unet=dataclasses.replace(first.stage.unet, addition_embed_dim=16)
+    )
+    changed = dataclasses.replace(first, seed=1, stage=wider)
+    made = new_model(run, changed, second, tmp_path / "new", stages_from=tmp_path / "old")
+    old, new = (dict(TensorFile(tmp_path / name / "keyframe.safetensors")) for name in ("old", "new"))
+    same = {path for path in new if new[path].shape == old[path].shape}
+    assert 0 < len(same) < len(new)
+    assert f"{len(same)} of {len(new)} tensors" in made.provenance["keyframe"]
+    for path, x in new.items():
+        if path in same:
+            np.testing.assert_array_equal(x, old[path])
+    with pytest.raises(UserError, match="not a model directory"):
+        new_model(run, first, second, tmp_path / "more", stages_from=tmp_path / "nothing")
+    assert not (tmp_path / "more").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

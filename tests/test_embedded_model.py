@@ -23,6 +23,7 @@ from keysync_jax.launch.synth_eval import (
 )
 from keysync_jax.media.video import read_frames
 from keysync_jax.metrics.mouth import MouthReader
+from keysync_jax.metrics.quality import psnr
 from keysync_jax.model import DEFAULT, Model, open_model
 
 SEED, SECONDS = 3_000_003, 2.0
@@ -59,7 +60,14 @@ def scores(model: Model, pairs: list[Pair], dubs: Path) -> Scores:
 def test_it_is_small_whole_and_hears_without_weights(model: Model) -> None:
     assert sum(path.stat().st_size for path in DEFAULT.iterdir()) <= LARGEST
     assert model.config.keyframe.audio_encoder == model.config.interpolation.audio_encoder == "logmel"
-    assert model.config.crop_size >= 96
+    assert model.config.crop_size >= 128
+
+
+def test_its_vae_alone_keeps_a_face(model: Model, pairs: list[Pair]) -> None:
+    size = model.config.crop_size
+    for pair in pairs:
+        crops = pair.crops(pair.original, size)
+        assert psnr(pair.reconstructed(model), crops, pair.face(size)) >= 30
 
 
 def test_the_dubbed_mouth_follows_the_new_voice(scores: Scores) -> None:

@@ -103,7 +103,9 @@ def test_speech_has_pauses_and_every_sound():
     assert 40 < len(pauses) < 200
 
 
-@pytest.mark.parametrize(("start", "seconds"), [(0.0, 5.0), (0.0, 60.0), (3.21, 4.0), (58.9, 1.1), (7.0, 0.03)])
+@pytest.mark.parametrize(
+    ("start", "seconds"), [(0.0, 5.0), (0.0, 60.0), (3.21, 4.0), (58.9, 1.1), (7.0, 0.03)]
+)
 def test_an_excerpt_says_the_same_at_the_same_time(start: float, seconds: float):
     whole = draw_utterance(np.random.default_rng(4), 60.0)
     part = excerpt(whole, start, seconds)

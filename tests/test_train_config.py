@@ -35,7 +35,9 @@ def test_a_config_loads_from_a_checkout_and_from_the_package(
     monkeypatch.chdir(tmp_path)
     assert here == load_config(f"configs/{name}.py") == load_config(f"{name}.py")
     assert here.stage.kind == name.removesuffix("_tiny")
-    assert here.stage.unet.in_channels == {"keyframe": 8, "interpolation": 9}[here.stage.kind]
+    channels = here.vae.latent_channels
+    assert here.stage.unet.in_channels == 2 * channels + (here.stage.kind == "interpolation")
+    assert here.stage.unet.out_channels == channels
 
 
 def test_full_size_is_the_papers_table() -> None:

@@ -32,6 +32,12 @@ def add_init(commands: Commands) -> None:
             f"--{stage}", type=Path, required=True, metavar="FILE", help="config of that stage's run"
         )
     parser.add_argument("--average", action="store_true", help="take the moving average of the VAE's weights")
+    parser.add_argument(
+        "--stages",
+        type=Path,
+        metavar="MODEL_DIR",
+        help="begin with its stages' weights where the sizes agree",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
     parser.set_defaults(run=_init, resumable=False, less_memory="run it on the CPU")
 
@@ -41,6 +47,6 @@ def _init(arguments: argparse.Namespace) -> int:
     from keysync_jax.train.new_model import new_model
 
     stages = (load_stage_config(arguments.keyframe), load_stage_config(arguments.interpolation))
-    new_model(arguments.vae, *stages, arguments.output, arguments.average)
-    print(f"wrote {arguments.output}; its stages are untrained")
+    new_model(arguments.vae, *stages, arguments.output, arguments.average, arguments.stages)
+    print(f"wrote {arguments.output}; its stages are not trained yet")
     return 0

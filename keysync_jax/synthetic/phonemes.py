@@ -234,16 +234,15 @@ def draw_utterance(rng: np.random.Generator, seconds: float, speech_rate: float 
 def excerpt(utterance: Utterance, start: float, seconds: float) -> Utterance:
     """The part of an utterance from `start` on, as a recording that was cut from a longer one.
 
-    What is left of a sound at either end is dropped where it is shorter than 40 ms; its neighbour lasts longer.
+    What is left of a sound at either end is dropped where it is shorter than 40 ms; its neighbour lasts
+    longer.
 
     Args:
       start, seconds: where the part begins and its duration; it must lie within the utterance.
     """
-    if not (0 <= start and start + seconds <= utterance.seconds + 1e-9):
+    if start < 0 or start + seconds > utterance.seconds + 1e-9:
         raise ValueError(f"{start} to {start + seconds} s is not within {utterance.seconds} s")
-    edges = np.clip(utterance.boundaries - start, 0, seconds)
-    edges[-1] = seconds
-    inner = edges[1:-1]
+    inner = utterance.boundaries[1:-1] - start
     inner = inner[(inner >= _SLIVER) & (inner <= seconds - _SLIVER)]
     boundaries = np.concatenate([[0.0], inner, [seconds]])
     middles = start + (boundaries[1:] + boundaries[:-1]) / 2

@@ -7,10 +7,11 @@ import numpy as np
 
 from keysync_jax.config import LogMelConfig, ModelConfig
 from keysync_jax.errors import UserError
-from keysync_jax.model import Network, check_new_folder, save_model
+from keysync_jax.model import Network, check_new_folder, open_model, save_model
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.vae import VAE
 from keysync_jax.pipeline.latents import encode_posterior
+from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.autoencoder import FrameSamples
 from keysync_jax.train.checkpoint import Checkpoints, read_config
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
@@ -28,8 +29,13 @@ def new_model(
     interpolation: TrainConfig,
     output: str | Path,
     average: bool = False,
+    stages_from: str | Path | None = None,
 ) -> ModelConfig:
-    """Makes a model directory of a VAE's run and two stages with random weights.
+    """Makes a model directory of a VAE's run and two stages that know nothing of its latents yet.
+
+    The stages' weights are random, or those of another model as far as the sizes agree: what a stage has
+    learned of sound and movement serves it with another VAE too, and only the layers that read and write
+    latents begin anew.
 
     Latents are given a standard deviation of 1 in each channel by a change of the VAE's own weights (see
     `normalised`), so its scale factor is 1.
@@ -40,6 +46,7 @@ def new_model(
         model's.
       output: must not exist yet.
       average: take the moving average of the VAE's weights instead of the weights.
+      stages_from: the other model's directory.
 
     Raises:
       UserError: the run cannot be read, is not a VAE's, or the parts do not fit each other.
@@ -48,6 +55,10 @@ def new_model(
     check_new_folder(output)
     stages = {"keyframe": keyframe, "interpolation": interpolation}
     _check(stages)
+    origins = {kind: "untrained" for kind in stages}
+    tensors = {kind: random_weights(shapes(make_stage(c))[1], c.seed) for kind, c in stages.items()}
+    if stages_from is not None:
+        tensors, origins = _warm(tensors, Path(stages_from))
     config = read_config(run)
     if not isinstance(config, VAETrainConfig):
         raise UserError(f"{run}: is the run of a stage, not of a VAE")
@@ -63,14 +74,27 @@ def new_model(
         mask=keyframe.data.mask,
         guidance=keyframe.guidance,
         provenance={
-            "keyframe": "untrained",
-            "interpolation": "untrained",
+            **origins,
             "vae": f"{run.absolute().name} step {step}{' moving average' if average else ''}",
         },
     )
-    tensors = {kind: random_weights(shapes(make_stage(c))[1], c.seed) for kind, c in stages.items()}
     save_model(output, model, {**tensors, "vae": weights})
     return model
+
+
+def _warm(tensors: dict[str, Weights], folder: Path) -> tuple[dict[str, Weights], dict[str, str]]:
+    """Another model's stages where names and shapes agree, and what is said of each stage's origin."""
+    model = open_model(folder)
+    mixed, origins = {}, {}
+    for kind, weights in tensors.items():
+        file = TensorFile(folder / f"{kind}.safetensors")
+        fitting = [path for path, x in weights.items() if path in file and file[path].shape == x.shape]
+        if not fitting:
+            raise UserError(f"{folder}: no tensor of its {kind} stage has the size that the config asks for")
+        mixed[kind] = {**weights, **{path: np.asarray(file[path], np.float32) for path in fitting}}
+        before = model.config.provenance.get(kind, "unknown")
+        origins[kind] = f"untrained with this VAE, {len(fitting)} of {len(weights)} tensors from: {before}"
+    return mixed, origins
 
 
 def _check(stages: dict[str, TrainConfig]) -> None:

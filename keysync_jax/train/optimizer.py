@@ -121,7 +121,7 @@ def _stack(params: Params) -> dict[str, Array]:
 
 
 def _unstack(stacked: Params, like: Params) -> dict[str, Array]:
-    parts = {}
+    parts: dict[str, Array] = {}
     for name, paths in _stacks(like).items():
         edges = np.cumsum([like[path].size for path in paths])[:-1]
         flat = jnp.split(stacked[name], edges) if name == _REST else stacked[name]
