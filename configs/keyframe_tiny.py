@@ -53,7 +53,7 @@ def stage_config(kind: StageKind, unet: UNetConfig) -> ConfigDict:
         ),
         checkpoint=CheckpointConfig(every=1000, keep=2, keep_every=0),
         log=LogConfig(every=50),
-        guidance=GuidanceConfig(audio=3.0, identity=1.5),
+        guidance=GuidanceConfig(audio=2.0, identity=1.5),
         batch_size=32,
         steps=5000,
         dtype="fp32",
