@@ -1,5 +1,7 @@
 """The embedded model at work: dubs a synthetic clip of an unseen person; the job behind `keysync demo`."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import numpy as np
 
 from keysync_jax.errors import UserError
 from keysync_jax.launch.pairs import Pair
-from keysync_jax.launch.synth_eval import Scores, measure
+from keysync_jax.launch.synth_eval import Scores, identity, measure
 from keysync_jax.media.crop import landmarks_in_crop
 from keysync_jax.media.masks import SIZE as MASK_SIZE
 from keysync_jax.media.masks import make_mask, to_latent
@@ -18,6 +20,7 @@ from keysync_jax.media.writer import VideoWriter
 from keysync_jax.metrics.mouth import MouthReader
 from keysync_jax.model import Model
 from keysync_jax.pipeline.phases import Phases
+from keysync_jax.synthetic.world import FORMAT
 
 SEED = 2_000_003
 """World of the demo: its people are in no training set."""
@@ -52,7 +55,7 @@ def demo(
       UserError: the folder holds something else, or cannot be written.
     """
     output, phases = Path(output), Phases(show=show_progress)
-    folder = _settle(output, number, seconds)
+    folder = _settle(output, model, number, seconds)
     with phases.phase("clip", 1, "clips") as advance:
         pair = Pair(folder / "clips", SEED, number, seconds)
         advance(1)
@@ -72,11 +75,13 @@ def demo(
     return DemoReport(dubbed, side, scores, phases)
 
 
-def _settle(output: Path, number: int, seconds: float) -> Path:
-    """The folder of this demo's clips and dubs."""
+def _settle(output: Path, model: Model, number: int, seconds: float) -> Path:
+    """The folder of this demo's clips and dubs; another model or world has another one."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give the name of a folder")
-    folder = output / f"pair-{number:05d}-{seconds:g}s"
+    made_with = json.dumps([FORMAT, identity(model)], sort_keys=True).encode()
+    digest = hashlib.sha256(made_with).hexdigest()[:8]
+    folder = output / f"pair-{number:05d}-{seconds:g}s-{digest}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from keysync_jax.errors import UserError
 from keysync_jax.pipeline.workspace import write_text
+from keysync_jax.synthetic.world import FORMAT, draw_clip, write_clip
 
 SETTINGS = "world.json"
 
@@ -53,7 +54,7 @@ class SynthSettings:
     def world(self) -> dict[str, float | str]:
         """What the clips depend on, their number apart: a folder can be added to."""
         return {
-            "format": "keysync-synthetic-1",
+            "format": FORMAT,
             "seed": self.seed,
             "seconds": self.seconds,
             "occluded": self.occluded,
@@ -126,7 +127,5 @@ def _run(tasks: list[Task], workers: int) -> Iterator[None]:
 
 
 def _make(task: Task) -> None:
-    from keysync_jax.synthetic.world import draw_clip, write_clip
-
     folder, seed, number, seconds, occluded = task
     write_clip(folder, draw_clip(seed, number, seconds, occluded))

@@ -1,7 +1,7 @@
 """How well a model dubs the synthetic world, whose truth is known: the job behind `keysync synth-eval`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from keysync_jax.metrics.sync import mean_correlation, mean_lag
 from keysync_jax.model import Model
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.pipeline.workspace import write_text
+from keysync_jax.synthetic.world import FORMAT
 
 SETTINGS = "eval.json"
 
@@ -220,6 +221,12 @@ def masked(model: Model, mask: MaskKind) -> Model:
     return replace(model, config=replace(model.config, mask=mask))
 
 
+SAME_CLIPS = "model, same clips"
+"""Row of the model on the clips that the variants are measured on: what they are to be compared with."""
+
+OCCLUDED = {"occluded": False, "occluded, masked out": True}
+"""Rows of clips in which something covers the mouth -> whether its masks are handed to the dub."""
+
 VARIANTS = {
     "audio guidance 1": GuidanceConfig("separated", audio=1.0, identity=1.5),
     "audio guidance 3": GuidanceConfig("separated", audio=3.0, identity=1.5),
@@ -244,12 +251,14 @@ def evaluate(
       others: further models by name, e.g. trained without the pixel loss; measured like an ablation.
 
     Returns:
-      Scores by name; "model" is that of the model itself.
+      Scores by name; "model" is that of the model itself, "model, same clips" that of its first
+      `ablation_clips` pairs, which every variant is measured on.
 
     Raises:
       UserError: the folder was begun with something else, or a model cannot dub these clips.
     """
     output, settings, others = Path(output), settings or EvalSettings(), others or {}
+    _check_names(others)
     _settle(output, model, settings)
     reader, phases = MouthReader.load(), Phases(show=show_progress)
     with phases.phase("clips", settings.clips, "clips") as advance:
@@ -264,9 +273,13 @@ def evaluate(
     models = {name: guided(model, guidance) for name, guidance in variants.items()}
     if settings.ablations:
         models["mouth mask"] = masked(model, "mouth")
-    for name, other in {**models, **others}.items():
-        folder = output / name.replace(" ", "-")
-        _stamp(folder, _identity(other))
+    models |= others
+    if models and len(few) < len(pairs):
+        with phases.phase(SAME_CLIPS, 2 * len(few), "dubs") as advance:
+            scores[SAME_CLIPS] = measure(model, few, output / "model", reader, advance)
+    for name, other in models.items():
+        folder = output / _folder(name)
+        _stamp(folder, identity(other))
         with phases.phase(name, 2 * len(few), "dubs") as advance:
             scores[name] = measure(other, few, folder, reader, advance)
     if settings.ablations:
@@ -275,15 +288,30 @@ def evaluate(
     return scores
 
 
+def _check_names(names: Iterable[str]) -> None:
+    """Every model has a row and a folder of its own."""
+    taken = {"model", SAME_CLIPS, "mouth mask", "clips", "clips-occluded", *VARIANTS, *OCCLUDED}
+    for name in names:
+        if _folder(name) in {_folder(n) for n in taken}:
+            raise UserError(f"--compare {name}=...: that name is taken by a row or folder of the evaluation")
+        if Path(name).name != name:
+            raise UserError(f"--compare {name}=...: the name becomes a folder's, so it has no slash")
+
+
+def _folder(name: str) -> str:
+    """Of the dubs of a row."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def _occlusion(
     model: Model, output: Path, settings: EvalSettings, reader: MouthReader, phases: Phases
 ) -> dict[str, Scores]:
     """Clips in which something covers the mouth, with and without its masks."""
     pairs = [_pair(output, settings, number, True) for number in range(settings.ablation_clips)]
     scores = {}
-    for name, handled in (("occluded", False), ("occluded, masked out", True)):
-        folder = output / name.replace(", ", "-").replace(" ", "-")
-        _stamp(folder, _identity(model))
+    for name, handled in OCCLUDED.items():
+        folder = output / _folder(name)
+        _stamp(folder, identity(model))
         with phases.phase(name, len(pairs), "dubs") as advance:
             scores[name] = measure(model, pairs, folder, reader, advance, occluder=handled, silence=False)
     return scores
@@ -297,11 +325,12 @@ def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = Fa
 
 def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
     """Makes the folder and notes what it is for, or checks that it was begun for the same."""
-    _stamp(output, {**_identity(model), "seconds": settings.seconds, "seed": settings.seed})
+    world = {"world": FORMAT, "seconds": settings.seconds, "seed": settings.seed}
+    _stamp(output, {**identity(model), **world})
 
 
-def _identity(model: Model) -> dict[str, Any]:
-    """What a model's dubs depend on, inputs apart."""
+def identity(model: Model) -> dict[str, Any]:
+    """What a model's dubs depend on, the clips apart; JSON can hold it."""
     config = model.config
     return {"files": dict(model.hashes), "guidance": asdict(config.guidance), "mask": config.mask}
 

@@ -9,7 +9,7 @@ import pytest
 from keysync_jax.cli import main
 from keysync_jax.config import GuidanceConfig
 from keysync_jax.errors import UserError
-from keysync_jax.launch.demo import side_by_side
+from keysync_jax.launch.demo import demo, side_by_side
 from keysync_jax.launch.pairs import Pair
 from keysync_jax.launch.synth_eval import (
     MEASURES,
@@ -27,7 +27,7 @@ from keysync_jax.metrics.quality import psnr
 from keysync_jax.model import DEFAULT, Model, open_model
 
 SEED, SECONDS = 3_000_003, 2.0
-LARGEST = 30 * 2**20
+LARGEST = 30_000_000
 
 pytestmark = pytest.mark.skipif(not DEFAULT.is_dir(), reason="the embedded model is not in this checkout")
 
@@ -118,6 +118,26 @@ def test_the_source_undubbed_does_not(pairs: list[Pair], tmp_path: Path, model: 
     assert {"sync", "lip_leak", "source"} <= set(found.missed)
 
 
+def test_a_demo_takes_no_dub_of_another_model(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dubs that are copies of the source: who made them does not matter here."""
+    asked: list[Path] = []
+
+    def copied(pair: Pair, model: Model, output: Path, *_: object, **__: object) -> np.ndarray:
+        asked.append(output)
+        output.write_bytes(pair.video.read_bytes())
+        return pair.original
+
+    monkeypatch.setattr(Pair, "dubbed", copied)
+    other = guided(model, GuidanceConfig("none"))
+    folders = []
+    for dubbing in (model, model, other):
+        demo(dubbing, tmp_path, seconds=1.2)
+        folders.append(asked[-1].parent)
+    assert folders[0] == folders[1] != folders[2]
+
+
 def test_four_pictures_side_by_side(model: Model, pairs: list[Pair], dubs: Path) -> None:
     dubbed = np.stack(list(read_frames(dubs / "00000.mp4")))
     row = next(side_by_side(pairs[0], dubbed, model))[-256:]
@@ -147,9 +167,12 @@ def test_every_ablation_has_a_row(model: Model, tmp_path: Path, monkeypatch: pyt
         return pair.original
 
     monkeypatch.setattr(Pair, "dubbed", copied)
-    settings = EvalSettings(clips=2, seconds=1.6, ablations=True, ablation_clips=2)
+    settings = EvalSettings(clips=3, seconds=1.0, ablations=True, ablation_clips=2)
     scores = evaluate(model, tmp_path / "eval", settings, {"other": model})
     assert {"model", "no guidance", "mouth mask", "other", "occluded", "occluded, masked out"} <= set(scores)
+    assert (scores["model"].clips, scores["model, same clips"].clips, scores["other"].clips) == (3, 2, 2)
+    # Every dub is a copy of the source, so on the same clips they are all alike.
+    assert scores["model, same clips"] == scores["other"] != scores["model"]
     assert "psnr_occluder" in scores["occluded"].values
     assert json.loads((tmp_path / "eval" / "scores.json").read_text())["other"]["clips"] == 2
     assert evaluate(model, tmp_path / "eval", settings, {"other": model}) == scores
@@ -167,6 +190,8 @@ def test_a_folder_of_other_dubs_is_refused(model: Model, tmp_path: Path) -> None
     [
         (["synth-eval", "-o", "OUT", "-n", "1"], "2 are the fewest"),
         (["synth-eval", "-o", "OUT", "--compare", "models/x"], "NAME=MODEL_DIR"),
+        (["synth-eval", "-o", "OUT", "--compare", "no guidance=keysync_jax/models/tiny"], "is taken"),
+        (["synth-eval", "-o", "OUT", "--compare", "a/b=keysync_jax/models/tiny"], "no slash"),
         (["synth-eval", "-o", "OUT", "--model", "OUT/no"], "not a model directory"),
         (["demo", "-o", "OUT", "--seconds", "0"], "--seconds from 1 to 60"),
     ],

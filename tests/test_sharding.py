@@ -115,7 +115,7 @@ def test_full_size_on_eight_devices_is_an_eighth(capsys: pytest.CaptureFixture[s
         (MeshConfig(-1, 16), 8, "does not fit the 8 devices"),
         (MeshConfig(-1, -1), 8, "one of them may be -1"),
         (MeshConfig(0, 8), 8, "each must be 1 or more"),
-        (MeshConfig(2, -1), 12, r"batch_size: 12 clips cannot be split evenly over 2 .* x 4 .* devices"),
+        (MeshConfig(2, -1), 12, r"batch_size: 12 samples cannot be split evenly over 2 .* x 4 .* devices"),
     ],
 )
 def test_meshes_that_do_not_fit(config: MeshConfig, batch_size: int, message: str) -> None:

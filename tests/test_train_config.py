@@ -217,7 +217,7 @@ def test_dry_run_of_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
 def test_dry_run_of_a_mesh_that_does_not_fit() -> None:
     with pytest.raises(UserError, match="mesh"):
         dry_run(load("mesh.data=3"), devices=8)
-    with pytest.raises(UserError, match="2 clips cannot be split"):
+    with pytest.raises(UserError, match="2 samples cannot be split"):
         dry_run(load(), devices=8)
 
 

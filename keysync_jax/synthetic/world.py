@@ -27,6 +27,9 @@ from keysync_jax.synthetic.phonemes import (
 )
 from keysync_jax.synthetic.voice import SAMPLE_RATE, draw_speaker, synthesise
 
+FORMAT = "keysync-synthetic-2"
+"""Changes whenever the same seed and number give another clip."""
+
 SIZE = 256
 """Side of the pictures in pixels."""
 

@@ -46,7 +46,7 @@ def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device]
     Devices are laid out in process order, so process i feeds the i-th part of every batch.
 
     Args:
-      batch_size: clips of a step, over all devices.
+      batch_size: samples of a step, clips or a VAE's frames, over all devices.
       devices: all of all processes by default.
 
     Raises:
@@ -57,7 +57,7 @@ def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device]
     data, fsdp = _sizes(config, len(devices))
     if batch_size % len(devices):
         raise UserError(
-            f"batch_size: {batch_size} clips cannot be split evenly over "
+            f"batch_size: {batch_size} samples cannot be split evenly over "
             f"{data} (mesh.data) x {fsdp} (mesh.fsdp) devices"
         )
     return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
