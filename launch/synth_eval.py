@@ -92,13 +92,14 @@ class Scores:
     clips: int
     values: Mapping[str, float]
 
-    def table(self) -> str:
-        """One line a measure, with its bar and whether it is met."""
+    def table(self, verdicts: bool = True) -> str:
+        """One line a measure, with its bar and (`verdicts`) whether it is met."""
         lines = []
         for name, (what, bar) in MEASURES.items():
             if name in self.values:
-                value = self.values[name]
-                verdict = "" if bar is None else f"{bar!s:>8}  {'ok' if bar.met(value) else 'MISSED'}"
+                value, verdict = self.values[name], "" if bar is None else f"{bar!s:>8}"
+                if bar is not None and verdicts:
+                    verdict += "  ok" if bar.met(value) else "  MISSED"
                 lines.append(f"{name:<14} {value:8.3f} {verdict:<18} {what}")
         return "\n".join(lines)
 

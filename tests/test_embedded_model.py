@@ -156,6 +156,9 @@ def test_a_report_says_what_was_missed() -> None:
     lines = report({"model": scores, "no guidance": scores}).splitlines()
     assert any(line.startswith("shuffled") and "MISSED" in line for line in lines)
     assert any(line.startswith("no guidance") for line in lines)
+    plain = scores.table(verdicts=False)
+    assert "<= 0.2" in plain
+    assert not {"ok", "MISSED"} & set(plain.split())
     assert all(bar is None or isinstance(bar, Bar) for _, bar in MEASURES.values())
 
 

@@ -80,5 +80,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     model = open_model(arguments.model or DEFAULT)
     found = demo(model, arguments.output, arguments.number, arguments.seconds, show_progress=True)
     print(found.phases.table())
-    print(f"\n{found.scores.table()}\n\nwrote {found.dub} and {found.side_by_side}")
+    print(f"\n{found.scores.table(verdicts=False)}")
+    print("\nThe bars are for the mean of 20 clips (keysync synth-eval); a single clip may lie beyond one.")
+    print(f"wrote {found.dub} and {found.side_by_side}")
     return 0
