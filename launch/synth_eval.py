@@ -333,7 +333,8 @@ def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
 def identity(model: Model) -> dict[str, Any]:
     """What a model's dubs depend on, the clips apart; JSON can hold it."""
     config = model.config
-    return {"files": dict(model.hashes), "guidance": asdict(config.guidance), "mask": config.mask}
+    settings = {"guidance": asdict(config.guidance), "mask": config.mask, "steps": config.steps}
+    return {"files": dict(model.hashes), **settings}
 
 
 def _stamp(folder: Path, content: dict[str, Any]) -> None:
