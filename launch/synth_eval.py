@@ -20,7 +20,7 @@ from keysync_jax.pipeline.phases import Phases
 from keysync_jax.pipeline.workspace import write_text
 from keysync_jax.synthetic.world import FORMAT
 
-SETTINGS = "eval.json"
+SETTINGS, SCORES = "eval.json", "scores.json"
 
 
 @dataclass(frozen=True)
@@ -285,13 +285,23 @@ def evaluate(
             scores[name] = measure(other, few, folder, reader, advance)
     if settings.ablations:
         scores |= _occlusion(model, output, settings, reader, phases)
-    write_text(output / "scores.json", json.dumps({n: asdict(s) for n, s in scores.items()}, indent=1) + "\n")
+    write_text(output / SCORES, json.dumps({n: asdict(s) for n, s in scores.items()}, indent=1) + "\n")
     return scores
 
 
 def _check_names(names: Iterable[str]) -> None:
     """Every model has a row and a folder of its own."""
-    taken = {"model", SAME_CLIPS, "mouth mask", "clips", "clips-occluded", *VARIANTS, *OCCLUDED}
+    taken = {
+        "model",
+        SAME_CLIPS,
+        "mouth mask",
+        "clips",
+        "clips-occluded",
+        SETTINGS,
+        SCORES,
+        *VARIANTS,
+        *OCCLUDED,
+    }
     for name in names:
         if _folder(name) in {_folder(n) for n in taken}:
             raise UserError(f"--compare {name}=...: that name is taken by a row or folder of the evaluation")

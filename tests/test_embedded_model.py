@@ -196,8 +196,9 @@ def test_a_folder_of_other_dubs_is_refused(model: Model, tmp_path: Path) -> None
     [
         (["synth-eval", "-o", "OUT", "-n", "1"], "2 are the fewest"),
         (["synth-eval", "-o", "OUT", "--compare", "models/x"], "NAME=MODEL_DIR"),
-        (["synth-eval", "-o", "OUT", "--compare", "no guidance=keysync_jax/models/tiny"], "is taken"),
-        (["synth-eval", "-o", "OUT", "--compare", "a/b=keysync_jax/models/tiny"], "no slash"),
+        (["synth-eval", "-o", "OUT", "--compare", f"no guidance={DEFAULT}"], "is taken"),
+        (["synth-eval", "-o", "OUT", "--compare", f"a/b={DEFAULT}"], "no slash"),
+        (["synth-eval", "-o", "OUT", "--compare", "a=x", "--compare", "a=y"], "one name twice"),
         (["synth-eval", "-o", "OUT", "--model", "OUT/no"], "not a model directory"),
         (["demo", "-o", "OUT", "--seconds", "0"], "--seconds from 1 to 60"),
     ],

@@ -44,6 +44,8 @@ def _synth_eval(arguments: argparse.Namespace) -> int:
         ablation_clips=arguments.ablation_clips,
     )
     others = dict(_named_folder(text) for text in arguments.compare)
+    if len(others) < len(arguments.compare):
+        raise UserError("--compare was given one name twice; every model has a name of its own")
     models = {name: open_model(folder) for name, folder in others.items()}
     model = open_model(arguments.model or DEFAULT)
     scores = evaluate(model, arguments.output, settings, models, show_progress=True)
