@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs the parsed command; returns the exit code: 0, or 128 + the signal that stopped the run."""
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
-        from keysync_jax.train.plan import dry_run
+        from keysync_jax.train.dry_run import dry_run
 
         print(dry_run(config, 1 if arguments.devices is None else arguments.devices).table())
         return 0

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
-from keysync_jax.tensorfile import sha256_of
-from keysync_jax.train.config import DataConfig, TrainConfig
-from keysync_jax.train.records import (
+from keysync_jax.data.records import (
     ClipInfo,
     Dataset,
     EncoderInfo,
@@ -22,6 +20,8 @@ from keysync_jax.train.records import (
     encode_record,
     runs_without,
 )
+from keysync_jax.tensorfile import sha256_of
+from keysync_jax.train.config import DataConfig, TrainConfig
 from tests.clips import face_landmarks
 
 SIZE, LATENT = 16, 8

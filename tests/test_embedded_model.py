@@ -10,9 +10,9 @@ import pytest
 from keysync_jax.cli import main
 from keysync_jax.config import GuidanceConfig
 from keysync_jax.errors import UserError
-from keysync_jax.launch.demo import demo, side_by_side
-from keysync_jax.launch.pairs import Pair
-from keysync_jax.launch.synth_eval import (
+from keysync_jax.evaluation.demo import demo, side_by_side
+from keysync_jax.evaluation.pairs import Pair
+from keysync_jax.evaluation.synth_eval import (
     MEASURES,
     Bar,
     EvalSettings,

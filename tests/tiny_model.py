@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from keysync_jax import rules
 from keysync_jax.config import SpeechConfig
 from keysync_jax.convert.checkpoint import AudioSource, Checkpoints
 from keysync_jax.convert.speech import microsoft_table, transformers_table
 from keysync_jax.convert.table import Table
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.speech import SpeechModel
-from tests.checkpoints import save_deepspeed, save_microsoft
+from keysync_jax.parity import rules
+from tests.convert.checkpoints import save_deepspeed, save_microsoft
 
 HEAD_DIM = 16
 

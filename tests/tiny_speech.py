@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
-from keysync_jax import rules
 from keysync_jax.config import SpeechConfig
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.speech import SpeechModel
+from keysync_jax.parity import rules
 
 SIZES = {
     "hidden_size": 32,

@@ -47,7 +47,7 @@ def add_prepare(commands: Commands) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from keysync_jax.launch.prepare import PrepareSettings, check, prepare
+    from keysync_jax.data.prepare import PrepareSettings, check, prepare
 
     if arguments.check is not None:
         dataset = check(arguments.check, show_progress=True)
@@ -95,7 +95,7 @@ def add_synth(commands: Commands) -> None:
 
 
 def _synth(arguments: argparse.Namespace) -> int:
-    from keysync_jax.launch.synth import SynthSettings, synth
+    from keysync_jax.synthetic.write import SynthSettings, synth
 
     settings = SynthSettings(
         clips=arguments.clips,

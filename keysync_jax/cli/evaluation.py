@@ -33,7 +33,7 @@ def add_synth_eval(commands: Commands) -> None:
 
 def _synth_eval(arguments: argparse.Namespace) -> int:
     keep_compiled_programs()
-    from keysync_jax.launch.synth_eval import EvalSettings, evaluate, report
+    from keysync_jax.evaluation.synth_eval import EvalSettings, evaluate, report
     from keysync_jax.model import DEFAULT, open_model
 
     settings = EvalSettings(
@@ -74,7 +74,7 @@ def add_demo(commands: Commands) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     keep_compiled_programs()
-    from keysync_jax.launch.demo import demo
+    from keysync_jax.evaluation.demo import demo
     from keysync_jax.model import DEFAULT, open_model
 
     if arguments.number < 0 or not 1 <= arguments.seconds <= 60:

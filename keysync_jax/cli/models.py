@@ -104,7 +104,7 @@ def add_parity(commands: Commands) -> None:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    from keysync_jax.parity import compare, report
+    from keysync_jax.parity.compare import compare, report
 
     held = report(compare(arguments.golden, arguments.dtype), write=lambda line: print(line, flush=True))
     return 0 if held else 1

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from keysync_jax.data.records import Dataset, decode_frame
 from keysync_jax.errors import UserError
 from keysync_jax.media.masks import mouth_region
 from keysync_jax.model import DTYPES
@@ -16,7 +17,6 @@ from keysync_jax.nn.functional import Make, bind
 from keysync_jax.nn.vae import VAE, Posterior
 from keysync_jax.train.config import VAELossConfig, VAETrainConfig
 from keysync_jax.train.data import Epochs
-from keysync_jax.train.records import Dataset, decode_frame
 from keysync_jax.train.step import Metrics, TrainState, update
 from keysync_jax.typing import Array, Params
 

@@ -17,11 +17,11 @@ import numpy as np
 from absl import flags
 
 from keysync_jax.config import MaskKind
+from keysync_jax.data.records import SAMPLE_LOGVAR, Dataset, Record, audio_name, decode_frame
 from keysync_jax.errors import UserError
 from keysync_jax.media.masks import make_mask, scale_landmarks, to_latent
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
-from keysync_jax.train.records import SAMPLE_LOGVAR, Dataset, Record, audio_name, decode_frame
 
 log = logging.getLogger(__name__)
 

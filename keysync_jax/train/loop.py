@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from keysync_jax.data.records import Dataset, check_alike, check_fits
 from keysync_jax.errors import UserError
 from keysync_jax.model import open_model
 from keysync_jax.nn.functional import Make, shapes
@@ -26,7 +27,6 @@ from keysync_jax.train.data import Samples, load
 from keysync_jax.train.flops import device_peak, step_flops, vae_step_flops
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.preview import Preview
-from keysync_jax.train.records import Dataset, check_alike, check_fits
 from keysync_jax.train.sharding import (
     AnyStep,
     Run,

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from keysync_jax.config import LogMelConfig, ModelConfig
+from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network, check_new_folder, open_model, save_model
 from keysync_jax.nn.functional import shapes
@@ -15,7 +16,6 @@ from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.autoencoder import FrameSamples
 from keysync_jax.train.checkpoint import Checkpoints, read_config
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
-from keysync_jax.train.records import Dataset
 from keysync_jax.train.start import Weights, random_weights
 from keysync_jax.train.step import make_stage
 

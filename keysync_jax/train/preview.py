@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from keysync_jax.data.records import Dataset, Record, audio_name, decode_frame
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
@@ -15,7 +16,6 @@ from keysync_jax.pipeline.latents import decode_latents
 from keysync_jax.pipeline.sampling import Windows, guidance_of, sample_windows
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.data import latent_masks, starts, stride_of
-from keysync_jax.train.records import Dataset, Record, audio_name, decode_frame
 from keysync_jax.train.step import TrainState
 from keysync_jax.typing import Frames
 

@@ -1,0 +1,255 @@
+"""What `prepare` has done so far: a part file for every finished clip, then shards made of the parts."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from keysync_jax.config import from_dict, to_dict
+from keysync_jax.data.records import (
+    FORMAT,
+    ClipInfo,
+    Manifest,
+    RecordReader,
+    RecordWriter,
+    Settings,
+    ShardInfo,
+    encode_record,
+    write_json,
+)
+from keysync_jax.data.sources import Clip
+from keysync_jax.errors import UserError
+from keysync_jax.tensorfile import sha256_of
+
+log = logging.getLogger(__name__)
+
+FOLDER = ".work"
+
+_SETTINGS = "settings.json"
+
+_RECORDS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished clip: its place in the dataset is not known yet; `bytes` of its records."""
+
+    info: ClipInfo
+    bytes: int
+
+
+Done = tuple[Clip, Part]
+Skipped = list[tuple[str, str]]
+"""(source, reason) each."""
+
+
+def write_part(path: Path, info: ClipInfo, records: Iterable[Mapping[str, np.ndarray]]) -> Part:
+    """Writes the part file of a clip, one record a frame."""
+    size = 0
+    with RecordWriter(path) as writer:
+        for record in records:
+            data = encode_record(record)
+            writer.write(data)
+            size += len(data)
+        if writer.records != info.frames:
+            raise ValueError(f"{info.name}: {writer.records} records for {info.frames} frames")
+    return Part(info, size)
+
+
+def key_of(name: str) -> str:
+    """A clip's name as part of a file's name."""
+    return hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+def remove_work(output: Path) -> None:
+    """Removes what an interrupted run left beside a complete dataset."""
+    shutil.rmtree(output / FOLDER, ignore_errors=True)
+
+
+@contextmanager
+def open_work(output: Path, settings: Settings, shard_bytes: int) -> "Iterator[Work]":
+    """The work folder, made where it is missing and locked until the block or the process ends.
+
+    Raises:
+      UserError: the output is something else, cannot be written, was begun with other settings, or another
+        run works on it.
+    """
+    try:
+        _make_folder(output)
+        lock = (output / FOLDER / "lock").open("wb")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); give another name") from None
+    with lock:
+        _take(lock, output)
+        yield Work(output, settings, shard_bytes, lock)
+
+
+def _make_folder(output: Path) -> None:
+    if (output / FOLDER / _SETTINGS).is_file():
+        return
+    if output.exists() and (not output.is_dir() or set(output.iterdir()) - {output / FOLDER}):
+        raise UserError(f"{output}: exists already and is no dataset; give a name for a new folder")
+    (output / FOLDER).mkdir(parents=True, exist_ok=True)
+
+
+def _take(lock: IO[bytes], output: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The other run may have ended, and removed the file, after it was opened here.
+        taken = os.fstat(lock.fileno()).st_nlink == 0
+    except BlockingIOError:
+        taken = True
+    except OSError as error:
+        log.warning("%s: cannot be locked (%s); let no second run write it", output, error.strerror)
+        return
+    if taken:
+        raise UserError(f"{output}: another run is preparing this dataset; wait until it has ended")
+
+
+class Work:
+    """The folder `.work` of a dataset that is being made.
+
+    First every clip becomes a part. Then the list of clips is decided for good (`plan.json`) and shards
+    are put together in its order; the parts of a complete shard are deleted, so that the disk holds the
+    dataset once and a shard twice.
+
+    Attributes:
+      crops: folder for the crops that workers cut.
+
+    Raises:
+      UserError: the output was begun with other settings.
+    """
+
+    def __init__(self, output: Path, settings: Settings, shard_bytes: int, lock: IO[bytes]):
+        self.output, self.settings, self.folder = output, settings, output / FOLDER
+        self.crops, self._parts, self._shard_bytes = self.folder / "crops", self.folder / "parts", shard_bytes
+        self._plan, self._lock = self.folder / "plan.json", lock
+        mark = self.folder / _SETTINGS
+        wanted = {"format": FORMAT, "shard_bytes": shard_bytes, **to_dict(settings)}
+        if not mark.is_file():
+            self._parts.mkdir(exist_ok=True)
+            write_json(mark, wanted)
+        elif json.loads(mark.read_bytes()) != wanted:
+            raise UserError(
+                f"{output}: was begun with another model or other settings; delete it or give another name"
+            )
+        shutil.rmtree(self.crops, ignore_errors=True)
+        self.crops.mkdir()
+
+    def records(self, clip: Clip) -> Path:
+        """The part file of a clip."""
+        return self._parts / f"{key_of(clip.name)}.arrayrecord"
+
+    def find(self, clip: Clip) -> Part | None:
+        """The part of a clip, if an earlier run finished it and its files have not changed since."""
+        entry = self._entry(clip)
+        if not (entry.is_file() and (self.planned or self.records(clip).is_file())):
+            return None
+        content = json.loads(entry.read_bytes())
+        if content["inputs"] != _states(clip):
+            return None
+        return Part(from_dict(ClipInfo, content["clip"], str(entry)), content["bytes"])
+
+    def finish(self, clip: Clip, part: Part) -> None:
+        """Notes that a clip's part file is complete."""
+        content = {"inputs": _states(clip), "clip": to_dict(part.info), "bytes": part.bytes}
+        write_json(self._entry(clip), content)
+
+    @property
+    def planned(self) -> bool:
+        """Whether an earlier run had decided on the clips."""
+        return self._plan.is_file()
+
+    def decide(self, done: Sequence[Done], skipped: Skipped) -> None:
+        """Decides on the clips of the dataset."""
+        write_json(self._plan, {"done": [clip.source for clip, _ in done], "skipped": skipped})
+
+    def plan(self, clips: Sequence[Clip]) -> tuple[list[Done], Skipped]:
+        """What an earlier run decided on.
+
+        Raises:
+          UserError: that was for other clips than these, or one has changed since.
+        """
+        content = json.loads(self._plan.read_bytes())
+        known = set(content["done"])
+        parts = [(clip, self.find(clip)) for clip in clips if clip.source in known]
+        done = [(clip, part) for clip, part in parts if part is not None]
+        skipped = [(source, reason) for source, reason in content["skipped"]]
+        same = {clip.source for clip in clips} == known | {source for source, _ in skipped}
+        if not same or len(done) != len(known):
+            raise UserError(
+                f"{self.output}: was already being put together from other clips; repeat it with those, "
+                "delete it or give another name"
+            )
+        return done, skipped
+
+    def assemble(self, done: Sequence[Done], progress: Callable[[int], object]) -> Manifest:
+        """Parts to shards, as far as an earlier run has not done it; `progress` is told of clips."""
+        shards, infos = [], []
+        for number, group in enumerate(_grouped(done, self._shard_bytes)):
+            entry = self.folder / f"shard-{number:05d}.json"
+            if not entry.is_file():
+                write_json(entry, to_dict(self._shard(number, group)))
+            for clip, _ in group:
+                self.records(clip).unlink(missing_ok=True)
+            shards.append(from_dict(ShardInfo, json.loads(entry.read_bytes()), str(entry)))
+            first = 0
+            for _, part in group:
+                infos.append(replace(part.info, shard=number, first=first))
+                first += part.info.frames
+            progress(len(group))
+        return Manifest(self.settings, tuple(shards), tuple(infos))
+
+    def _shard(self, number: int, group: Sequence[Done]) -> ShardInfo:
+        path = self.output / f"shard-{number:05d}.arrayrecord"
+        with RecordWriter(path) as writer:
+            for clip, part in group:
+                for data in _part_records(self.records(clip), part.info.frames):
+                    writer.write(data)
+        return ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path))
+
+    def discard(self) -> None:
+        """Removes the folder, and the output's where there is nothing else; the lock ends before.
+
+        (On NFS a file that is open cannot be removed for good, nor its folder.)
+        """
+        self._lock.close()
+        shutil.rmtree(self.folder)
+        if not any(self.output.iterdir()):
+            self.output.rmdir()
+
+    def _entry(self, clip: Clip) -> Path:
+        return self._parts / f"{key_of(clip.name)}.json"
+
+
+def _states(clip: Clip) -> list[list[Any]]:
+    """Name, size and time of change of a clip's files."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in clip.inputs]
+
+
+def _grouped(done: Sequence[Done], shard_bytes: int) -> list[list[Done]]:
+    """Clips of each shard, in order; a shard is closed once it is full."""
+    groups: list[list[Done]] = []
+    size = shard_bytes
+    for item in done:
+        if size >= shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item[1].bytes
+    return groups
+
+
+def _part_records(path: Path, frames: int) -> Iterator[bytes]:
+    reader = RecordReader(path)
+    for start in range(0, frames, _RECORDS_AT_ONCE):
+        yield from reader.read(range(start, min(start + _RECORDS_AT_ONCE, frames)))

@@ -1,0 +1,220 @@
+"""The dataset's format: what is written is read, and damage is named."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from keysync_jax.data.records import (
+    Dataset,
+    EncoderInfo,
+    RecordReader,
+    RecordWriter,
+    check_alike,
+    check_fits,
+    decode_frame,
+    decode_record,
+    encode_frame,
+    encode_record,
+    runs_without,
+)
+from keysync_jax.errors import UserError
+from keysync_jax.train.config import LossConfig
+from tests.prepared import SETTINGS, record, train_config, write_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "dataset"
+    write_dataset(path, [5, 7, np.array([True] * 3 + [False] * 2 + [True])])
+    return path
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "dataset"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_record_is_a_safetensors_file() -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    arrays = record(3, 4)
+    data = encode_record(arrays)
+    for found in (decode_record(data), safetensors.load(data)):
+        assert set(found) == set(arrays)
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+    assert list(decode_record(data, ["landmarks"])) == ["landmarks"]
+
+
+def test_pictures_keep_their_colours() -> None:
+    rows, columns = np.mgrid[:64, :64]
+    picture = np.stack([rows * 3, 255 - columns * 2, 90 + rows + columns], axis=-1).astype(np.uint8)
+    back = decode_frame(encode_frame(picture)).astype(int)
+    assert np.abs(back - picture).max() <= 6
+
+
+def test_frames_are_read_in_the_order_asked_for(folder: Path) -> None:
+    dataset = pickle.loads(pickle.dumps(Dataset(folder)))
+    assert [(clip.shard, clip.first, clip.frames) for clip in dataset.clips] == [
+        (0, 0, 5), (0, 5, 7), (1, 0, 6),
+    ]  # fmt: skip
+    for clip in range(3):
+        for found, frame in zip(dataset.read(clip, [4, 0, 2]), (4, 0, 2), strict=True):
+            for name, array in record(clip, frame).items():
+                np.testing.assert_array_equal(found[name], array)
+    assert pickle.loads(pickle.dumps(dataset)).read(1, [6], ["mean"])[0].keys() == {"mean"}
+    dataset.verify()
+
+
+def test_frames_without_a_face_survive_the_manifest(folder: Path) -> None:
+    clip = Dataset(folder).clips[2]
+    assert clip.without_face == ((3, 2),)
+    assert clip.present.tolist() == [True] * 3 + [False] * 2 + [True]
+
+
+@pytest.mark.parametrize("pattern", ["1", "0", "0110", "1001", "10101"])
+def test_runs_are_the_false_stretches(pattern: str) -> None:
+    present = np.array([c == "1" for c in pattern])
+    rebuilt = np.ones(len(present), bool)
+    for first, count in runs_without(present):
+        rebuilt[first : first + count] = False
+    np.testing.assert_array_equal(rebuilt, present)
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with RecordWriter(tmp_path / "a.arrayrecord") as writer:
+            writer.write(b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_shard_is_named(copied: Path) -> None:
+    (copied / "shard-00001.arrayrecord").unlink()
+    with pytest.raises(UserError, match=r"shard-00001.arrayrecord: this shard of the dataset is missing"):
+        Dataset(copied)
+
+
+def test_an_empty_shard_is_named(copied: Path) -> None:
+    (copied / "shard-00000.arrayrecord").write_bytes(b"")
+    with pytest.raises(UserError, match=r"shard-00000.arrayrecord: this shard of the dataset is empty"):
+        Dataset(copied)
+
+
+def test_a_truncated_shard_is_named(copied: Path) -> None:
+    path = copied / "shard-00000.arrayrecord"
+    path.write_bytes(path.read_bytes()[:-70_000])
+    with pytest.raises(UserError, match=r"shard-00000.arrayrecord: this shard is truncated or altered"):
+        Dataset(copied)
+    with pytest.raises(UserError, match=r"damaged or no ArrayRecord"):
+        len(RecordReader(path))
+
+
+def test_altered_bytes_are_found(copied: Path) -> None:
+    path = copied / "shard-00000.arrayrecord"
+    data = bytearray(path.read_bytes())
+    at = data.index(encode_record(record(1, 6))[-200:])
+    data[at] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"shard-00000.arrayrecord: was altered"):
+        Dataset(copied).verify()
+    with pytest.raises(UserError, match=r"shard-00000.arrayrecord: is damaged"):
+        Dataset(copied).read(1, [6])
+
+
+def test_another_format_is_refused(copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"format": "keysync-dataset-0"}))
+    with pytest.raises(UserError, match="'keysync-dataset-0', not 'keysync-dataset-1'"):
+        Dataset(copied)
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "cannot be read"), ("[]", "has the format None")])
+def test_a_broken_manifest_is_named(copied: Path, content: str, message: str) -> None:
+    (copied / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=f"manifest.json: {message}"):
+        Dataset(copied)
+
+
+def test_a_clip_outside_its_shard_is_named(copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["clips"][1]["first"] = 6
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="the clip 'clip1' lies outside its shard"):
+        Dataset(copied)
+
+
+def test_a_folder_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a prepared dataset"):
+        Dataset(tmp_path)
+
+
+def test_a_dataset_that_fits(folder: Path) -> None:
+    hashes = {"vae.safetensors": "a" * 64, "audio_hubert.safetensors": "b" * 64}
+    check_fits(Dataset(folder), train_config(), hashes)
+    check_fits(Dataset(folder), train_config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"audio_encoder": "wav2vec2"}, "prepared with hubert, wavlm features, the config asks for wav2vec2"),
+        ({"audio_encoder": "wavlm"}, "audio vectors of 4, the config asks for 6"),
+        ({"latent_size": 4}, "latents of side 8, the config asks for 4"),
+    ],
+)
+def test_another_stage_is_refused(folder: Path, changes: dict[str, str], message: str) -> None:
+    config = train_config()
+    config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, **changes))
+    with pytest.raises(UserError, match=message):
+        check_fits(Dataset(folder), config)
+
+
+@pytest.mark.parametrize("file", ["vae.safetensors", "audio_hubert.safetensors"])
+def test_another_model_is_refused(folder: Path, file: str) -> None:
+    with pytest.raises(UserError, match=f"prepared with another {file}"):
+        check_fits(Dataset(folder), train_config(), {file: "d" * 64})
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"vae": "d" * 64}, "vae.safetensors"),
+        ({"encoders": {"hubert": EncoderInfo(6, "d" * 64)}}, "audio_hubert.safetensors"),
+    ],
+)
+def test_datasets_of_different_models_are_refused(tmp_path: Path, changes: dict[str, Any], file: str) -> None:
+    unknown = dataclasses.replace(SETTINGS, vae=None, encoders={"hubert": EncoderInfo(6, None)})
+    other = dataclasses.replace(SETTINGS, **changes)
+    a, b, c = (
+        write_dataset(tmp_path / n, [2], s) for n, s in zip("abc", (unknown, SETTINGS, other), strict=True)
+    )
+    check_alike([a, b, b], "hubert")
+    check_alike([a, c], "hubert")
+    with pytest.raises(UserError, match=f"/b and .*/c: were prepared with different {file}"):
+        check_alike([a, b, c], "hubert")
+
+
+def test_another_encoder_of_another_kind_does_not_matter(tmp_path: Path) -> None:
+    encoders = {**SETTINGS.encoders, "hubert": EncoderInfo(6, "d" * 64)}
+    other = dataclasses.replace(SETTINGS, encoders=encoders)
+    check_alike([write_dataset(tmp_path / "a", [2]), write_dataset(tmp_path / "b", [2], other)], "wavlm")
+
+
+def test_the_pixel_loss_needs_pixels(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d", [20], dataclasses.replace(SETTINGS, frames=False))
+    check_fits(dataset, train_config(loss=LossConfig(pixel="none")))
+    with pytest.raises(UserError, match="has no pixels"):
+        check_fits(dataset, train_config())
