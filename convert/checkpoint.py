@@ -19,9 +19,9 @@ from keysync_jax.convert.table import Table
 from keysync_jax.convert.unet import stage_config, stage_table
 from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table, is_engine_layout, vae_config
 from keysync_jax.errors import UserError
-from keysync_jax.model import Progress, check_new_folder, components, maker, save_model
+from keysync_jax.files import check_new_folder, sha256_of
+from keysync_jax.model import Progress, components, maker, save_model
 from keysync_jax.nn.functional import shapes
-from keysync_jax.tensorfile import sha256_of
 
 RELEASED: dict[str, SpeechKind] = {"keyframe_dub.pt": "hubert", "interpolation_dub.pt": "wavlm"}
 """Files of the release and the encoder each was trained on, which nothing in them tells."""

@@ -5,8 +5,6 @@ and the SHA-256 of every file. Opening a model checks all of it before anything 
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +25,12 @@ from keysync_jax.config import (
     to_dict,
 )
 from keysync_jax.errors import UserError
+from keysync_jax.files import new_folder, sha256_of, write_json
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
-from keysync_jax.tensorfile import TensorFile, sha256_of, write_tensors
+from keysync_jax.tensorfile import TensorFile, write_tensors
 from keysync_jax.typing import Params
 
 FORMAT = "keysync-model-1"
@@ -165,36 +164,15 @@ def save_model(
         read one at a time.
       progress: is told of each component's bytes once they are written.
     """
-    folder = Path(folder)
-    check_new_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-        inner = Path(partial) / folder.name
-        inner.mkdir()
-        hashes = {}
+    hashes = {}
+    with new_folder(folder) as inner:
         for component in components(config):
             name = f"{component}.safetensors"
             hashes[name] = write_tensors(inner / name, tensors[component], _trained_on(config, component))
             if progress is not None:
                 progress((inner / name).stat().st_size)
         content = {"format": FORMAT, **to_dict(config), "files": hashes}
-        (inner / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-        os.rename(inner, folder)
-
-
-def check_new_folder(folder: Path) -> None:
-    """Refuses a folder that exists, or cannot be made; makes the folders above it.
-
-    Raises:
-      UserError: one of these.
-    """
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; give a name for a new folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: the folder {folder.parent} cannot be made ({error.strerror})") from None
-    if not os.access(folder.parent, os.W_OK):
-        raise UserError(f"{folder}: the folder {folder.parent} is not writable")
+        write_json(inner / "config.json", content, indent=2)
 
 
 def _read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:

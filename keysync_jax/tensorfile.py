@@ -6,12 +6,11 @@ here without the `safetensors` library because that one gives numpy no bfloat16 
 in memory as a whole.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from keysync_jax.errors import UserError
+from keysync_jax.files import replacing
 
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -42,7 +42,6 @@ DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the reference implementation."""
-_CHUNK = 1 << 20
 
 
 class TensorFile(Mapping[str, np.ndarray]):
@@ -126,45 +125,17 @@ def write_tensors(
     Raises:
       UserError: the file cannot be written; nothing is left behind then.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     layout = {name: (_NAMES[np.dtype(x.dtype)], tuple(x.shape)) for name, x in tensors.items()}
     # Widest items first, as the reference implementation writes them: every tensor is aligned.
     order = sorted(layout, key=lambda name: -DTYPES[layout[name][0]].itemsize)
     digest = hashlib.sha256()
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             for block in _blocks(tensors, layout, order, metadata):
                 digest.update(block)
                 file.write(block)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return digest.hexdigest()
-
-
-def sha256_of(path: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file's bytes (hex), read in pieces of 1 MiB.
-
-    Args:
-      path: the file.
-      progress: called with the number of bytes of each piece that has been read.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            while piece := file.read(_CHUNK):
-                digest.update(piece)
-                if progress is not None:
-                    progress(len(piece))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     return digest.hexdigest()
 
 

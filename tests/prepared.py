@@ -20,7 +20,7 @@ from keysync_jax.data.records import (
     encode_record,
     runs_without,
 )
-from keysync_jax.tensorfile import sha256_of
+from keysync_jax.files import sha256_of
 from keysync_jax.train.config import DataConfig, TrainConfig
 from tests.clips import face_landmarks
 

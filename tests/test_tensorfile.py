@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from keysync_jax.errors import UserError
-from keysync_jax.tensorfile import DTYPES, TensorFile, sha256_of, write_tensors
+from keysync_jax.files import sha256_of
+from keysync_jax.tensorfile import DTYPES, TensorFile, write_tensors
 
 
 def one_of_each() -> dict[str, np.ndarray]:

@@ -23,13 +23,13 @@ import numpy as np
 from keysync_jax.data.records import RecordReader, RecordWriter, decode_frame
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of
 from keysync_jax.media.audio import RATE, frames_of, read_audio
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
 from keysync_jax.media.detectors import make_detector
 from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks
 from keysync_jax.media.timeline import FPS
 from keysync_jax.media.video import open_video, probe_video, read_frames, scan_timeline
-from keysync_jax.tensorfile import sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -1,16 +1,13 @@
 """What `prepare` has done so far: a part file for every finished clip, then shards made of the parts."""
 
-import fcntl
 import hashlib
 import json
-import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,13 +21,10 @@ from keysync_jax.data.records import (
     Settings,
     ShardInfo,
     encode_record,
-    write_json,
 )
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
-from keysync_jax.tensorfile import sha256_of
-
-log = logging.getLogger(__name__)
+from keysync_jax.files import locked, sha256_of, write_json
 
 FOLDER = ".work"
 
@@ -83,14 +77,16 @@ def open_work(output: Path, settings: Settings, shard_bytes: int) -> "Iterator[W
       UserError: the output is something else, cannot be written, was begun with other settings, or another
         run works on it.
     """
-    try:
-        _make_folder(output)
-        lock = (output / FOLDER / "lock").open("wb")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); give another name") from None
-    with lock:
-        _take(lock, output)
-        yield Work(output, settings, shard_bytes, lock)
+    busy = f"{output}: another run is preparing this dataset; wait until it has ended"
+    with ExitStack() as stack:
+        try:
+            _make_folder(output)
+            stack.enter_context(locked(output / FOLDER / "lock", busy))
+        except FileNotFoundError:
+            raise UserError(busy) from None  # It has ended, and removed the folder, between the two calls.
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written ({error.strerror}); give another name") from None
+        yield Work(output, settings, shard_bytes)
 
 
 def _make_folder(output: Path) -> None:
@@ -99,20 +95,6 @@ def _make_folder(output: Path) -> None:
     if output.exists() and (not output.is_dir() or set(output.iterdir()) - {output / FOLDER}):
         raise UserError(f"{output}: exists already and is no dataset; give a name for a new folder")
     (output / FOLDER).mkdir(parents=True, exist_ok=True)
-
-
-def _take(lock: IO[bytes], output: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The other run may have ended, and removed the file, after it was opened here.
-        taken = os.fstat(lock.fileno()).st_nlink == 0
-    except BlockingIOError:
-        taken = True
-    except OSError as error:
-        log.warning("%s: cannot be locked (%s); let no second run write it", output, error.strerror)
-        return
-    if taken:
-        raise UserError(f"{output}: another run is preparing this dataset; wait until it has ended")
 
 
 class Work:
@@ -129,10 +111,10 @@ class Work:
       UserError: the output was begun with other settings.
     """
 
-    def __init__(self, output: Path, settings: Settings, shard_bytes: int, lock: IO[bytes]):
+    def __init__(self, output: Path, settings: Settings, shard_bytes: int):
         self.output, self.settings, self.folder = output, settings, output / FOLDER
         self.crops, self._parts, self._shard_bytes = self.folder / "crops", self.folder / "parts", shard_bytes
-        self._plan, self._lock = self.folder / "plan.json", lock
+        self._plan = self.folder / "plan.json"
         mark = self.folder / _SETTINGS
         wanted = {"format": FORMAT, "shard_bytes": shard_bytes, **to_dict(settings)}
         if not mark.is_file():
@@ -218,11 +200,7 @@ class Work:
         return ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path))
 
     def discard(self) -> None:
-        """Removes the folder, and the output's where there is nothing else; the lock ends before.
-
-        (On NFS a file that is open cannot be removed for good, nor its folder.)
-        """
-        self._lock.close()
+        """Removes the folder, and the output's where there is nothing else."""
         shutil.rmtree(self.folder)
         if not any(self.output.iterdir()):
             self.output.rmdir()

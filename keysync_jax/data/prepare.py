@@ -33,10 +33,10 @@ from keysync_jax.data.records import (
     audio_name,
     encode_frame,
     runs_without,
-    write_json,
 )
 from keysync_jax.data.sources import EMBEDDINGS, Clip, find_clips, has_latents, is_reference_layout
 from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of, write_json
 from keysync_jax.media.detectors import DETECTORS, make_detector
 from keysync_jax.media.pitch import check_semitones, shifted
 from keysync_jax.media.timeline import FPS
@@ -44,7 +44,6 @@ from keysync_jax.model import DTYPES, Model, Network, model_bytes, open_model
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.latents import encode_posterior
 from keysync_jax.pipeline.phases import Phases
-from keysync_jax.tensorfile import sha256_of
 from keysync_jax.typing import Params
 
 REPORT = "report.json"

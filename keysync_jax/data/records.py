@@ -21,6 +21,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from keysync_jax.config import EncoderKind, encoder_name, from_dict, to_dict
 from keysync_jax.errors import UserError
-from keysync_jax.tensorfile import sha256_of
+from keysync_jax.files import put, sha256_of, temporary, write_json
 from keysync_jax.train.config import TrainConfig
 
 FORMAT = "keysync-dataset-1"
@@ -174,13 +175,6 @@ def runs_without(present: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
-
-
 def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Arrays of dtype uint8, fp16 or fp32 as the bytes of a safetensors file."""
     header, blocks, end = {}, [], 0
@@ -229,8 +223,9 @@ class RecordWriter:
 
     def __init__(self, path: Path):
         self.path, self.records = path, 0
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._writer = ArrayRecordWriter(str(self._partial), _WRITER)
+        self._stack = ExitStack()
+        partial = self._stack.enter_context(temporary(path))
+        self._partial, self._writer = partial, ArrayRecordWriter(str(partial), _WRITER)
 
     def write(self, data: bytes) -> None:
         """Appends one record."""
@@ -246,16 +241,14 @@ class RecordWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._writer.close()
-        except RuntimeError as failure:
+        with self._stack:
+            try:
+                self._writer.close()
+            except RuntimeError as failure:
+                if kind is None:
+                    raise self._failed(failure) from failure
             if kind is None:
-                self._partial.unlink(missing_ok=True)
-                raise self._failed(failure) from failure
-        if kind is None:
-            os.replace(self._partial, self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+                put(self._partial, self.path)
 
     def _failed(self, error: RuntimeError) -> OSError:
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO

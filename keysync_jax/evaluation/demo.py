@@ -1,8 +1,5 @@
 """The embedded model at work: dubs a synthetic clip of an unseen person; the job behind `keysync demo`."""
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from keysync_jax.errors import UserError
 from keysync_jax.evaluation.pairs import Pair
 from keysync_jax.evaluation.synth_eval import Scores, identity, measure
+from keysync_jax.files import copy_file, fingerprint, make_folder
 from keysync_jax.media.crop import landmarks_in_crop
 from keysync_jax.media.masks import SIZE as MASK_SIZE
 from keysync_jax.media.masks import make_mask, to_latent
@@ -63,7 +60,7 @@ def demo(
         scores = measure(model, [pair], folder, MouthReader.load(), advance, vae=True)
     frames = pair.dubbed(model, folder / f"{number:05d}.mp4")
     dubbed, side = output / "dubbed.mp4", output / "side_by_side.mp4"
-    _replace(folder / f"{number:05d}.mp4", dubbed)
+    copy_file(folder / f"{number:05d}.mp4", dubbed)
     with phases.phase("side by side", len(frames), "frames") as advance:
         rows = side_by_side(pair, frames, model)
         first = next(rows)
@@ -77,23 +74,11 @@ def demo(
 
 def _settle(output: Path, model: Model, number: int, seconds: float) -> Path:
     """The folder of this demo's clips and dubs; another model or world has another one."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give the name of a folder")
-    made_with = json.dumps([FORMAT, identity(model)], sort_keys=True).encode()
-    digest = hashlib.sha256(made_with).hexdigest()[:8]
+    digest = fingerprint([FORMAT, identity(model)])[:8]
     folder = output / f"pair-{number:05d}-{seconds:g}s-{digest}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    make_folder(output)
+    make_folder(folder)
     return folder
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Puts a copy of a file under another name, complete or not at all."""
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_bytes(source.read_bytes())
-    os.replace(partial, target)
 
 
 def side_by_side(pair: Pair, dubbed: np.ndarray, model: Model) -> Iterator[np.ndarray]:

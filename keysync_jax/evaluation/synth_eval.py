@@ -1,6 +1,5 @@
 """How well a model dubs the synthetic world, whose truth is known: the job behind `keysync synth-eval`."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,13 +10,13 @@ import numpy as np
 from keysync_jax.config import GuidanceConfig, MaskKind
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation.pairs import Pair, read_mouths
+from keysync_jax.files import settle, write_json
 from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
 from keysync_jax.metrics.mouth import MouthReader, Mouths
 from keysync_jax.metrics.quality import flicker_ratio, psnr
 from keysync_jax.metrics.sync import mean_correlation, mean_lag
 from keysync_jax.model import Model
 from keysync_jax.pipeline.phases import Phases
-from keysync_jax.pipeline.workspace import write_text
 from keysync_jax.synthetic.world import FORMAT
 
 SETTINGS, SCORES = "eval.json", "scores.json"
@@ -280,12 +279,12 @@ def evaluate(
             scores[SAME_CLIPS] = measure(model, few, output / "model", reader, advance)
     for name, other in models.items():
         folder = output / _folder(name)
-        _stamp(folder, identity(other))
+        settle(folder / SETTINGS, identity(other), "dubs")
         with phases.phase(name, 2 * len(few), "dubs") as advance:
             scores[name] = measure(other, few, folder, reader, advance)
     if settings.ablations:
         scores |= _occlusion(model, output, settings, reader, phases)
-    write_text(output / SCORES, json.dumps({n: asdict(s) for n, s in scores.items()}, indent=1) + "\n")
+    write_json(output / SCORES, {n: asdict(s) for n, s in scores.items()})
     return scores
 
 
@@ -322,7 +321,7 @@ def _occlusion(
     scores = {}
     for name, handled in OCCLUDED.items():
         folder = output / _folder(name)
-        _stamp(folder, identity(model))
+        settle(folder / SETTINGS, identity(model), "dubs")
         with phases.phase(name, len(pairs), "dubs") as advance:
             scores[name] = measure(model, pairs, folder, reader, advance, occluder=handled, silence=False)
     return scores
@@ -337,7 +336,7 @@ def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = Fa
 def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
     """Makes the folder and notes what it is for, or checks that it was begun for the same."""
     world = {"world": FORMAT, "seconds": settings.seconds, "seed": settings.seed}
-    _stamp(output, {**identity(model), **world})
+    settle(output / SETTINGS, {**identity(model), **world}, "dubs")
 
 
 def identity(model: Model) -> dict[str, Any]:
@@ -345,26 +344,6 @@ def identity(model: Model) -> dict[str, Any]:
     config = model.config
     settings = {"guidance": asdict(config.guidance), "mask": config.mask, "steps": config.steps}
     return {"files": dict(model.hashes), **settings}
-
-
-def _stamp(folder: Path, content: dict[str, Any]) -> None:
-    """Marks a new folder with what it is for, or checks that it was begun for the same."""
-    path = folder / SETTINGS
-    if path.is_file():
-        try:
-            begun = json.loads(path.read_bytes())
-        except ValueError:
-            raise UserError(f"{path}: is damaged; give another folder") from None
-        if begun != content:
-            raise UserError(f"{folder}: holds dubs of another model or other clips; give another folder")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already and holds something else; give a name for a new folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
 
 
 def report(scores: Mapping[str, Scores]) -> str:

@@ -1,14 +1,14 @@
 """Model files of others: where they are kept, and fetching them when the user allows it."""
 
-import hashlib
 import os
+import shutil
 import sys
-import tempfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from keysync_jax.errors import UserError
+from keysync_jax.files import replacing, sha256_of
 
 CHUNK_BYTES = 2**20
 
@@ -80,7 +80,7 @@ def resolve_asset(
             raise UserError(f"{asset.what} is not at {path}")
         return Path(path)
     cached = (cache_folder() if folder is None else folder) / asset.file_name
-    sound = cached.is_file() and _sha256(cached) == asset.sha256
+    sound = cached.is_file() and sha256_of(cached) == asset.sha256
     if not sound and not allow_download:
         state = "is damaged" if cached.is_file() else "is missing"
         raise UserError(
@@ -92,30 +92,14 @@ def resolve_asset(
     return cached
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _download(asset: Asset, target: Path) -> None:
     """Fetch to a temporary name beside `target`, check, rename."""
-    digest = hashlib.sha256()
-    partial = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urllib.request.urlopen(asset.url, timeout=60) as source,
-            tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file,
-        ):
-            partial = Path(file.name)
-            while chunk := source.read(CHUNK_BYTES):
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != asset.sha256:
-            raise UserError(f"{asset.what} from {asset.url} is not the known file (its SHA-256 differs)")
-        os.replace(partial, target)
+        with replacing(target) as partial:
+            with urllib.request.urlopen(asset.url, timeout=60) as source, partial.open("wb") as file:
+                shutil.copyfileobj(source, file, CHUNK_BYTES)
+            if sha256_of(partial) != asset.sha256:
+                raise UserError(f"{asset.what} from {asset.url} is not the known file (its SHA-256 differs)")
     except OSError as error:
         raise UserError(f"cannot fetch {asset.what} from {asset.url}: {error}") from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)

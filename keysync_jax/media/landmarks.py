@@ -4,8 +4,6 @@ Landmarks are float32 `[T, 68, 2]`, (x, y) in pixels of the upright frame, in th
 (0-16 jaw, 17-26 brows, 27-35 nose, 36-47 eyes, 48-67 mouth); a frame without a face is NaN.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from keysync_jax.errors import UserError
+from keysync_jax.files import replacing
 from keysync_jax.media.timeline import FPS, Timeline
 
 POINTS = 68
@@ -63,14 +62,8 @@ def load_landmarks(path: Path, frames: int, source: Timeline | None = None) -> n
 
 def save_landmarks(path: Path, landmarks: np.ndarray) -> None:
     """Write landmarks `[T, 68, 2]` as a float32 `.npy` file that `load_landmarks` reads."""
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".npy", delete=False) as file:
-        partial = Path(file.name)
-        try:
-            np.save(file, np.asarray(landmarks, np.float32))
-            file.flush()
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, np.asarray(landmarks, np.float32))
 
 
 def detect_all(

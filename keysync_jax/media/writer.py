@@ -1,7 +1,5 @@
 """Writing the result: 25 fps H.264 with the new voice at its own rate, complete or not at all."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fractions import Fraction
@@ -18,6 +16,7 @@ from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
 from keysync_jax.errors import UserError
+from keysync_jax.files import put, temporary
 from keysync_jax.media.audio import Voice, open_voice, resample
 from keysync_jax.media.timeline import FPS
 from keysync_jax.media.video import MATRICES, ROUNDING, Colour
@@ -44,7 +43,7 @@ def check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        with temporary(path):
             pass
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
@@ -84,10 +83,9 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         check_writable(path)
         self.path, self.frames = Path(path), 0
         self._shape, self._fps, self._colour = (height, width, 3), fps, colour or Colour()
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
         flags = {} if self.path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
         with ExitStack() as stack, self._naming_the_file():
-            stack.callback(self._partial.unlink, missing_ok=True)
+            self._partial = stack.enter_context(temporary(self.path))
             self._container = stack.enter_context(av.open(str(self._partial), "w", options=flags))
             self._video = self._add_video(aspect, {"crf": str(quality), "preset": preset})
             self._sound: Iterator[Packet] = iter(())
@@ -177,4 +175,4 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
             self._container.mux(self._video.encode(None))
             self._mux_sound(None)
             self._container.close()
-            os.replace(self._partial, self.path)
+            put(self._partial, self.path)

@@ -17,6 +17,7 @@ import numpy as np
 from keysync_jax.config import StageKind
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of
 from keysync_jax.media.audio import frames_of, read_audio
 from keysync_jax.media.composite import paste
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
@@ -37,7 +38,6 @@ from keysync_jax.pipeline.phases import Advance, Phases
 from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.pipeline.windows import FRAMES, Plan, make_plan, merge_windows, padded_length
 from keysync_jax.pipeline.workspace import ResumableArray, Workspace
-from keysync_jax.tensorfile import sha256_of
 
 
 @dataclass(frozen=True)

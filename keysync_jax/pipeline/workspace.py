@@ -4,38 +4,40 @@ A workspace is a hidden folder beside the output. It is bound to a fingerprint o
 settings: a run with others starts from nothing. It is removed when the output is complete.
 """
 
-import fcntl
-import hashlib
-import json
-import os
 import shutil
-import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 import numpy as np
 
-from keysync_jax.errors import UserError
+from keysync_jax.files import fingerprint, locked, reserve, write_text
 
 
-class Workspace:
+class Workspace(AbstractContextManager["Workspace"]):
     """The folder of one run; one run at a time may have it.
 
     Args:
       output: the file that the run makes.
       inputs: everything that the result depends on, in JSON's types.
+
+    Raises:
+      UserError: another run has it.
     """
 
-    def __init__(self, output: Path, inputs: dict[str, Any]):
+    def __init__(self, output: Path, inputs: Mapping[str, Any]):
         self.folder = output.with_name(f".{output.name}.work")
-        self._lock = _locked(output)
-        fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-        mark = self.folder / "fingerprint"
-        self.resumed = mark.is_file() and mark.read_text() == fingerprint
-        if not self.resumed:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-            write_text(mark, fingerprint)
+        with ExitStack() as stack:
+            lock = output.with_name(f"{self.folder.name}.lock")
+            stack.enter_context(locked(lock, f"{output}: another run is making it now"))
+            mark, wanted = self.folder / "fingerprint", fingerprint(inputs)
+            self.resumed = mark.is_file() and mark.read_text() == wanted
+            if not self.resumed:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir()
+                write_text(mark, wanted)
+            self._stack = stack.pop_all()
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> "ResumableArray":
         """An array on disk that is filled row by row; what an earlier run filled is still there."""
@@ -44,28 +46,9 @@ class Workspace:
     def remove(self) -> None:
         """Removes everything that is kept."""
         shutil.rmtree(self.folder)
-        _lock_path(self.folder).unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()  # what is kept stays for a later run
-
-
-def _lock_path(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
-
-
-def _locked(output: Path) -> IO[str]:
-    """An open lock file that the system releases when the process ends, however it ends."""
-    file = open(_lock_path(output.with_name(f".{output.name}.work")), "w")  # noqa: SIM115  # held for the run
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{output}: another run is making it now") from None
-    return file
+        self._stack.close()  # what is kept stays for a later run
 
 
 class ResumableArray:
@@ -82,7 +65,7 @@ class ResumableArray:
         mode: Any = "r+" if self.done else "w+"
         self.values = np.lib.format.open_memmap(path, mode, dtype=dtype, shape=shape)
         if not self.done:
-            _reserve(path)
+            reserve(path)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -97,21 +80,3 @@ class ResumableArray:
         self.values.flush()
         self.done += len(rows)
         write_text(self._count, str(self.done))
-
-
-def _reserve(path: Path) -> None:
-    """Takes the file's disk space now: writing to a mapped hole on a full disk would kill the process.
-
-    Raises:
-      OSError: there is too little space (ENOSPC).
-    """
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file under a temporary name and renames it."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)

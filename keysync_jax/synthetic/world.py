@@ -1,6 +1,5 @@
 """Clips of the synthetic world: a person, a voice, a movement; all of it a function of (seed, number)."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keysync_jax.files import replacing
 from keysync_jax.media.landmarks import save_landmarks
 from keysync_jax.media.timeline import FPS
 from keysync_jax.media.writer import VideoWriter
@@ -151,17 +151,13 @@ def write_wave(path: Path, wave: np.ndarray) -> None:
     """Writes sound as a WAV file of 16 bits."""
     import wave as container
 
-    partial = path.with_name(f".{path.name}.partial")
-    with container.open(str(partial), "wb") as file:
+    with replacing(path) as partial, container.open(str(partial), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
         file.writeframes(np.rint(np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
-    os.replace(partial, path)
 
 
 def _write_npz(path: Path, arrays: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    os.replace(partial, path)

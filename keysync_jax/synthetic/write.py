@@ -1,6 +1,5 @@
 """Folders of synthetic clips: the job behind `keysync synth`."""
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from keysync_jax.errors import UserError
-from keysync_jax.pipeline.workspace import write_text
+from keysync_jax.files import settle
 from keysync_jax.synthetic.world import FORMAT, draw_clip, write_clip
 
 SETTINGS = "world.json"
@@ -74,7 +73,7 @@ def synth(output: str | Path, settings: SynthSettings, show_progress: bool = Fal
       UserError: the folder holds something else, or cannot be written.
     """
     output = Path(output)
-    _settle(output, settings)
+    settle(output / SETTINGS, settings.world, "synthetic clips")
     missing = [n for n in range(settings.clips) if not (output / f"clip-{n:05d}.mp4").is_file()]
     tasks = [(output, settings.seed, n, settings.seconds, _is_occluded(settings, n)) for n in missing]
     with tqdm(
@@ -87,28 +86,6 @@ def synth(output: str | Path, settings: SynthSettings, show_progress: bool = Fal
         for _ in _run(tasks, settings.workers):
             bar.update()
     return len(missing)
-
-
-def _settle(output: Path, settings: SynthSettings) -> None:
-    """Makes the folder and notes its settings, or checks that it was begun with the same."""
-    path = output / SETTINGS
-    if path.is_file():
-        try:
-            begun = json.loads(path.read_bytes())
-        except ValueError:
-            raise UserError(f"{path}: is damaged; give a name for a new folder") from None
-        if begun != settings.world:
-            raise UserError(f"{output}: holds clips of other settings; give a name for a new folder")
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(
-            f"{output}: exists already and holds no synthetic clips; give a name for a new folder"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings.world, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
 
 
 def _is_occluded(settings: SynthSettings, number: int) -> bool:

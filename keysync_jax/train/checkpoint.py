@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
-from keysync_jax.pipeline.workspace import write_text
+from keysync_jax.files import write_json
 from keysync_jax.train.config import AnyTrainConfig, CheckpointConfig, train_config_from
 from keysync_jax.train.step import TrainState
 
@@ -223,7 +223,7 @@ def settle_config(workdir: Path, config: AnyTrainConfig) -> None:
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"format": FORMAT, **to_dict(config)}, indent=2) + "\n")
+            write_json(path, {"format": FORMAT, **to_dict(config)}, indent=2)
         except OSError as error:
             raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from error
 

@@ -21,7 +21,8 @@ from keysync_jax.convert.unet import diffusers_unet_table, stage_table
 from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table
 from keysync_jax.data.records import MANIFEST, Dataset, check_fits
 from keysync_jax.errors import UserError
-from keysync_jax.model import DTYPES, Model, check_new_folder, components, maker, open_model, save_model
+from keysync_jax.files import check_new_folder
+from keysync_jax.model import DTYPES, Model, components, maker, open_model, save_model
 from keysync_jax.nn.functional import shapes
 from keysync_jax.tensorfile import TensorFile, write_tensors
 from keysync_jax.train.checkpoint import Checkpoints, read_config

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
-from keysync_jax.pipeline.workspace import write_text
+from keysync_jax.files import write_text
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.typing import Frames
 

@@ -8,7 +8,8 @@ import numpy as np
 from keysync_jax.config import LogMelConfig, ModelConfig
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
-from keysync_jax.model import Network, check_new_folder, open_model, save_model
+from keysync_jax.files import check_new_folder
+from keysync_jax.model import Network, open_model, save_model
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.vae import VAE
 from keysync_jax.pipeline.latents import encode_posterior

@@ -18,6 +18,7 @@ from keysync_jax.data.prepare import PrepareReport, PrepareSettings, check, prep
 from keysync_jax.data.records import Dataset, audio_name, decode_frame
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of
 from keysync_jax.media.audio import RATE, read_audio
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
 from keysync_jax.media.pitch import shifted
@@ -26,7 +27,6 @@ from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import Model
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.latents import encode_frames
-from keysync_jax.tensorfile import sha256_of
 from tests.clips import face_landmarks, write_video
 from tests.data.preparing import FRAMES, add_clip, contents, kept_model, raise_interrupt, write_good
 

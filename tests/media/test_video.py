@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -453,7 +452,7 @@ def test_check_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         raise PermissionError(13, os.strerror(13))
 
     with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "NamedTemporaryFile", refuse)
+        patch.setattr(os, "open", refuse)
         with pytest.raises(UserError, match="Permission denied"):
             check_writable(tmp_path / "out.mp4")
 

@@ -15,7 +15,7 @@ from keysync_jax.data.records import (
     encode_frame,
     encode_record,
 )
-from keysync_jax.tensorfile import sha256_of
+from keysync_jax.files import sha256_of
 
 CROP, LATENT = 16, 8
 

@@ -21,12 +21,13 @@ from keysync_jax.data.records import (
     encode_record,
 )
 from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of
 from keysync_jax.media.masks import mouth_region
 from keysync_jax.model import Network, open_model
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.vae import VAE, Posterior
 from keysync_jax.pipeline.latents import decode_latents, encode_frames
-from keysync_jax.tensorfile import TensorFile, sha256_of
+from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.autoencoder import FrameSamples, divergence, psnr
 from keysync_jax.train.checkpoint import Checkpoints, read_config
 from keysync_jax.train.config import (

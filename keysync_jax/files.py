@@ -1,0 +1,320 @@
+"""Files and folders that appear whole or not at all, locks, hashes, and folders marked with their purpose.
+
+The only place that writes under a temporary name and renames. A temporary file or folder stands beside what
+it will be and is locked by the process that writes it; what a killed process left is not locked, and the next
+one that writes the same name removes it. Modes are what the umask says.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from keysync_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_PARTIAL = "partial"
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a disk without room."""
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file, empty at first, that takes the name `path` when the block ends without an error.
+
+    It keeps the suffix of `path`, may be opened by name as often as is needed, and is removed on an error. A
+    file that is there under `path` is replaced.
+
+    Raises:
+      OSError: the file cannot be made or renamed.
+    """
+    with temporary(path) as partial:
+        yield partial
+        put(partial, Path(path))
+
+
+@contextmanager
+def temporary(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside `path`, empty at first, that is removed when the block ends unless it was `put` there.
+
+    Raises:
+      OSError: it cannot be made; nor could `path`.
+    """
+    with _partial(Path(path), folder=False) as partial:
+        yield partial
+
+
+def put(partial: Path, path: Path) -> None:
+    """Gives a complete temporary file its name; what is there is replaced."""
+    os.replace(partial, path)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that takes the name `path` when the block ends without an error.
+
+    Raises:
+      UserError: as `check_new_folder`.
+    """
+    path = Path(path)
+    check_new_folder(path)
+    with _partial(path, folder=True) as partial:
+        yield partial
+        os.rename(partial, path)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuses a folder that exists, or cannot be made; makes the folders above it.
+
+    Raises:
+      UserError: one of these.
+    """
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; give a name for a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder {folder.parent} cannot be made ({error.strerror})") from None
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"{folder}: the folder {folder.parent} is not writable")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file of text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """Writes JSON with a line break at its end."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's bytes."""
+    with replacing(target) as partial:
+        shutil.copyfile(source, partial)
+
+
+def sweep(folder: Path) -> None:
+    """Removes the temporary files and folders in `folder` whose writers have ended."""
+    with suppress(OSError):
+        for entry in list(folder.iterdir()):
+            if entry.name.startswith(".") and f".{_PARTIAL}" in entry.name:
+                _remove_left(entry)
+
+
+@contextmanager
+def _partial(path: Path, folder: bool) -> Iterator[Path]:
+    """A locked temporary file or folder beside `path`; removed at the end where it still has that name."""
+    _sweep_for(path)
+    partial, held = _make_locked(path, folder)
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+        os.close(held)
+
+
+def _make_locked(path: Path, folder: bool) -> tuple[Path, int]:
+    """The temporary file or folder, and the descriptor that holds its lock."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{_PARTIAL}{path.suffix}")
+        if folder:
+            partial.mkdir()
+            held = os.open(partial, os.O_RDONLY)
+        else:
+            held = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            mine = _flock(held) and _is_linked(held, partial)
+        except OSError:  # No locks on this file system: nothing can be swept there either.
+            mine = True
+        if mine:
+            return partial, held
+        os.close(held)  # Another process swept it between the two calls.
+
+
+def _sweep_for(path: Path) -> None:
+    """Removes what writers of `path` that were killed left behind."""
+    beginning, ending = f".{path.name}.", f".{_PARTIAL}{path.suffix}"
+    with suppress(OSError):
+        for entry in os.scandir(path.parent):
+            if entry.name.startswith(beginning) and entry.name.endswith(ending):
+                _remove_left(Path(entry.path))
+
+
+def _remove_left(partial: Path) -> None:
+    """Removes a temporary file or folder unless a process still holds its lock."""
+    with suppress(OSError):
+        held = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(partial)
+        finally:
+            os.close(held)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Holds the lock file `path` for the block; the system lets go of it however the process ends.
+
+    The file is removed at the end. A process that had it open then sees that it is no longer the file of that
+    name, and takes the new one, so two never hold the lock. Where the file system has no locks, a warning
+    says so.
+
+    Args:
+      busy: sentence for when another process holds the lock.
+
+    Raises:
+      UserError: `busy`.
+      OSError: the lock file cannot be made.
+    """
+    while True:
+        held = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            taken = _flock(held)
+        except OSError as error:
+            log.warning("%s: cannot be locked (%s); let no second run work there", path, error.strerror)
+            break
+        if not taken:
+            os.close(held)
+            raise UserError(busy)
+        if _is_linked(held, path):
+            break
+        os.close(held)
+    try:
+        yield
+    finally:
+        # Before the lock ends: whoever opens the name from now on makes a new file.
+        with suppress(OSError):
+            if _is_linked(held, path):
+                path.unlink(missing_ok=True)
+        os.close(held)
+
+
+def _flock(held: int) -> bool:
+    """Takes the lock of an open file; False where another has it."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_linked(held: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(held), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def settle(mark: Path, content: Mapping[str, Any], what: str) -> bool:
+    """Marks the folder of `mark` with what it is for, or checks that it was begun for the same.
+
+    Args:
+      mark: a JSON file in the folder.
+      content: what everything in the folder depends on.
+      what: the folder holds, for messages ("synthetic clips").
+
+    Returns:
+      Whether it had been begun before.
+
+    Raises:
+      UserError: the folder holds something else, was begun for another content, or cannot be written.
+    """
+    folder = mark.parent
+    if mark.is_file():
+        try:
+            begun = json.loads(mark.read_bytes())
+        except ValueError:
+            raise UserError(f"{mark}: is damaged; give a name for a new folder") from None
+        if begun != json.loads(json.dumps(content)):
+            raise UserError(f"{folder}: holds {what} of other settings; give a name for a new folder")
+        return True
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already and holds no {what}; give a name for a new folder")
+    make_folder(folder)
+    try:
+        write_json(mark, content)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    return False
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where they are not there.
+
+    Raises:
+      UserError: it is a file, or cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give the name of a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+def reserve(path: Path, size: int | None = None) -> None:
+    """Takes a file's disk space now: writing to a mapped hole on a full disk would kill the process.
+
+    Args:
+      size: bytes; those that the file has, where None.
+
+    Raises:
+      OSError: there is too little space (ENOSPC).
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size if size is None else size)
+
+
+def sha256_of(path: str | os.PathLike[str], progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file's bytes (hex), read in pieces of 1 MiB.
+
+    Args:
+      path: the file.
+      progress: called with the number of bytes of each piece that has been read.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while piece := file.read(_CHUNK):
+                digest.update(piece)
+                if progress is not None:
+                    progress(len(piece))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()
+
+
+def fingerprint(content: Any) -> str:
+    """SHA-256 (hex) of something of JSON's types; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
