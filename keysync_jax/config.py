@@ -270,7 +270,6 @@ class ModelConfig:
     Attributes:
       encoders: sizes of every audio encoder in the directory, by kind; each stage names its own.
       mask: strategy of the masks that the weights were trained with.
-      fps: video frames a second; audio features have two vectors a frame.
       guidance: scales to sample with.
       steps: number that the align-your-steps schedule is asked for (10 takes 11 Euler steps).
       provenance: where each component came from, for the reader.
@@ -281,7 +280,6 @@ class ModelConfig:
     vae: VAEConfig
     encoders: dict[str, EncoderConfig]
     mask: MaskKind = "box"
-    fps: int = 25
     guidance: GuidanceConfig = GuidanceConfig()
     steps: int = 10
     provenance: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """A model on disk: a directory with `config.json` and one safetensors file a component.
 
-`config.json` holds the sizes, the audio encoder of each stage, mask, frame rate, guidance, provenance
+`config.json` holds the sizes, the audio encoder of each stage, mask, guidance, provenance
 and the SHA-256 of every file. Opening a model checks all of it before anything is computed.
 """
 
@@ -187,6 +187,7 @@ def _read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
     hashes = content.pop("files", None)
     if not isinstance(hashes, dict):
         raise UserError(f"{path}: has no list of files")
+    content.pop("fps", None)  # Models made before November 2026 name a rate, which nothing reads.
     try:
         return from_dict(ModelConfig, content, "config"), hashes
     except UserError as error:

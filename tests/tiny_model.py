@@ -14,6 +14,7 @@ from keysync_jax.convert.table import Table
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.parity import rules
+from keysync_jax.tensorfile import TensorFile
 from tests.convert.checkpoints import save_deepspeed, save_microsoft
 
 HEAD_DIM = 16
@@ -110,6 +111,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         convert(write_checkpoints(Path(folder), Path(__file__).parent / "golden"), sys.argv[1], HEAD_DIM)
+
+
+def tensors(model: Path, component: str) -> dict[str, np.ndarray]:
+    return dict(TensorFile(model / f"{component}.safetensors"))
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(
+        x.dtype == b[k].dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(b[k]).tobytes()
+        for k, x in a.items()
+    )
 
 
 if __name__ == "__main__":

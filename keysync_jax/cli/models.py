@@ -74,9 +74,9 @@ def add_export(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from keysync_jax.train.export import export, export_torch
-
     if arguments.to is not None:
+        from keysync_jax.convert.export import export_torch
+
         only_of_runs = (arguments.base is not None, arguments.average, arguments.dtype != "fp32")
         if len(arguments.source) != 1 or any(only_of_runs):
             raise UserError("export --to takes one model directory, and no --base, --average or --dtype")
@@ -86,6 +86,8 @@ def _export(arguments: argparse.Namespace) -> int:
     elif arguments.base is None:
         raise UserError("export needs --base: the model directory with what the runs did not train")
     else:
+        from keysync_jax.train.export import export
+
         export(arguments.source, arguments.output, arguments.base, arguments.average, arguments.dtype)
     print(f"wrote {arguments.output}")
     return 0

@@ -43,7 +43,7 @@ def add_init(commands: Commands) -> None:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from keysync_jax.launch.train import load_stage_config
+    from keysync_jax.train.config_file import load_stage_config
     from keysync_jax.train.new_model import new_model
 
     stages = (load_stage_config(arguments.keyframe), load_stage_config(arguments.interpolation))

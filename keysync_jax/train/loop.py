@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from keysync_jax.data.records import Dataset, check_alike, check_fits
+from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.model import open_model
 from keysync_jax.nn.functional import Make, shapes
@@ -24,6 +24,7 @@ from keysync_jax.train.autoencoder import FrameSamples, VAEStep, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.data import Samples, load
+from keysync_jax.train.fits import check_alike, check_fits
 from keysync_jax.train.flops import device_peak, step_flops, vae_step_flops
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.preview import Preview

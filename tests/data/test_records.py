@@ -14,8 +14,6 @@ from keysync_jax.data.records import (
     EncoderInfo,
     RecordReader,
     RecordWriter,
-    check_alike,
-    check_fits,
     decode_frame,
     decode_record,
     encode_frame,
@@ -24,6 +22,7 @@ from keysync_jax.data.records import (
 )
 from keysync_jax.errors import UserError
 from keysync_jax.train.config import LossConfig
+from keysync_jax.train.fits import check_alike, check_fits
 from tests.prepared import SETTINGS, record, train_config, write_dataset
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from keysync_jax.config import LogMelConfig, ModelConfig, SpeechConfig, from_dict, to_dict
 from keysync_jax.convert.checkpoint import AudioSource
+from keysync_jax.convert.export import export_torch
 from keysync_jax.data.prepare import check, prepare
-from keysync_jax.data.records import Dataset, audio_name, check_alike, check_fits
+from keysync_jax.data.records import Dataset, audio_name
 from keysync_jax.errors import UserError
 from keysync_jax.media.audio import read_audio
 from keysync_jax.model import components, maker, open_model, save_model
@@ -24,7 +25,8 @@ from keysync_jax.pipeline.log_mel import log_mel
 from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.config import DataConfig, LossConfig, TrainConfig
 from keysync_jax.train.data import Samples
-from keysync_jax.train.export import export, export_torch
+from keysync_jax.train.export import export
+from keysync_jax.train.fits import check_alike, check_fits
 from tests.clips import face_landmarks, write_video, write_voice
 from tests.train.test_export import write_run
 from tests.train.tiny_training import parameters

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keysync_jax.data.records import Dataset, check_fits
+from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.data import Samples, latent_masks, make_loader, mirrored, starts
+from keysync_jax.train.fits import check_fits
 from tests.prepared import LATENT, SETTINGS, SIZE, train_config, write_dataset
 
 # The third clip has a face in two stretches, the fourth is too short for keyframes.

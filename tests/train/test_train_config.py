@@ -12,11 +12,12 @@ import pytest
 from keysync_jax.cli import main
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
-from keysync_jax.launch.train import add_arguments, load_config, run, split_overrides
+from keysync_jax.launch.train import add_arguments, run
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.vae import VAE
 from keysync_jax.train.checkpoint import read_config, settle_config
 from keysync_jax.train.config import MeshConfig, TrainConfig, VAETrainConfig
+from keysync_jax.train.config_file import load_config
 from keysync_jax.train.dry_run import dry_run
 from keysync_jax.train.sharding import make_mesh
 
@@ -241,16 +242,8 @@ def test_a_mesh_is_in_process_order() -> None:
 def test_the_command_prints_the_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    argv = [
-        "--config",
-        "tests/configs/keyframe_toy.py",
-        "--config.batch_size=8",
-        "--dry-run",
-        "--devices",
-        "8",
-    ]
-    rest, overrides = split_overrides(argv)
-    assert overrides == ["--config.batch_size=8"]
+    overrides = ["--config.batch_size=8"]
+    rest = ["--config", "tests/configs/keyframe_toy.py", "--dry-run", "--devices", "8"]
     assert run(parser.parse_args(rest), overrides) == 0
     assert "data 8 x fsdp 1 = 8 devices, 8 clips a step" in capsys.readouterr().out
     with pytest.raises(UserError, match="--devices goes with --dry-run"):

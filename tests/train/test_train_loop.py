@@ -34,15 +34,6 @@ from tests.train.synthetic_dataset import CROP, write_dataset
 ROOT = Path(__file__).parents[2]
 STEPS = smallest().steps
 
-COMMAND = """
-import argparse, sys
-from keysync_jax.launch.train import add_arguments, run, split_overrides
-rest, overrides = split_overrides(sys.argv[1:])
-parser = argparse.ArgumentParser()
-add_arguments(parser)
-sys.exit(run(parser.parse_args(rest), overrides))
-"""
-
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -75,7 +66,8 @@ def command(dataset: Path, compiled: Path) -> Callable[..., "subprocess.Popen[st
 
     def start(workdir: Path, *overrides: str) -> "subprocess.Popen[str]":
         config = ["--config", "tests/train/smallest_config.py", f"--config.data.paths={dataset}"]
-        command = [sys.executable, "-c", COMMAND, *config, "--workdir", str(workdir), *overrides]
+        command = [sys.executable, "-m", "keysync_jax.cli", "train", *config, "--workdir", str(workdir)]
+        command += overrides
         return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     return start
