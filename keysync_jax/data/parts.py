@@ -82,11 +82,12 @@ def open_work(output: Path, settings: Settings, shard_bytes: int) -> "Iterator[W
         try:
             _make_folder(output)
             stack.enter_context(locked(output / FOLDER / "lock", busy))
+            work = Work(output, settings, shard_bytes)
         except FileNotFoundError:
             raise UserError(busy) from None  # It has ended, and removed the folder, between the two calls.
         except OSError as error:
             raise UserError(f"{output}: cannot be written ({error.strerror}); give another name") from None
-        yield Work(output, settings, shard_bytes)
+        yield work
 
 
 def _make_folder(output: Path) -> None:

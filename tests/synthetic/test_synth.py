@@ -63,7 +63,7 @@ def test_an_interrupted_call_goes_on_and_a_longer_one_adds(folder: Path, tmp_pat
 def test_other_peoples_clips_are_not_mixed_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(folder.iterdir())
     assert main(["synth", "-n", "3", "-o", str(folder), "--seed", "6", "--seconds", "0.8"]) == 2
-    assert "holds clips of other settings" in capsys.readouterr().err
+    assert "holds synthetic clips of other settings" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
 
 
