@@ -7,6 +7,7 @@ and the SHA-256 of every file. Opening a model checks all of it before anything 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from keysync_jax.config import (
     to_dict,
 )
 from keysync_jax.errors import UserError
-from keysync_jax.files import new_folder, sha256_of, write_json
+from keysync_jax.files import fingerprint, new_folder, sha256_of, write_json
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.nn.stages import stage
@@ -92,6 +93,16 @@ class Model:
     folder: Path
     config: ModelConfig
     hashes: Mapping[str, str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over what the model computes: every setting but the provenance, and every component.
+
+        Settings that no file's hash covers change it too (`vae.scale_factor`, `head_dim`, the guidance).
+        """
+        settings = to_dict(self.config)
+        del settings["provenance"]
+        return fingerprint({"settings": settings, "files": dict(self.hashes)})
 
     def load(self, component: str, dtype: str = "fp32") -> Network:
         """Loads a component onto the default device.

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,30 @@ def test_an_intact_model_opens_and_loads(tiny_model: Path) -> None:
     assert half["unet.conv_in.kernel"].dtype == jnp.bfloat16
     assert half["unet.conv_in.bias"].dtype == jnp.float32
     assert model.load("vae").params["encoder.conv_in.kernel"].dtype == jnp.float32
+
+
+def test_what_makes_another_model(copy: Path) -> None:
+    """Settings that are under no file's hash do, where it came from does not."""
+    first = open_model(copy)
+    config = first.config
+    unet = replace(config.keyframe.unet, head_dim=8)
+    others = {
+        replace(first, config=changed).fingerprint
+        for changed in (
+            replace(config, vae=replace(config.vae, scale_factor=0.2)),
+            replace(config, keyframe=replace(config.keyframe, unet=unet)),
+            replace(config, guidance=replace(config.guidance, audio=4.0)),
+            replace(config, steps=20),
+            replace(config, mask="mouth"),
+        )
+    }
+    others.add(replace(first, hashes={**first.hashes, "vae.safetensors": "0" * 64}).fingerprint)
+    assert len({first.fingerprint, *others}) == 7
+    assert replace(first, config=replace(config, provenance={"vae": "x"})).fingerprint == first.fingerprint
+    edit(copy, lambda c: c["keyframe"]["unet"].update(head_dim=8))
+    edited = open_model(copy)
+    assert edited.hashes == first.hashes
+    assert edited.fingerprint in others
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
 from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of
 from keysync_jax.media.assets import ASSETS, resolve_asset
 from keysync_jax.media.landmarks import Detector
 
@@ -46,6 +48,24 @@ def make_detector(name: str, model: Path | None = None, allow_download: bool = F
             raise UserError(f"{model}: the face_alignment detector takes no model file; leave it out")
         return FaceAlignmentDetector(allow_download)
     raise UserError(f"there is no landmark detector {name}; choose one of {', '.join(DETECTORS)}")
+
+
+def detector_identity(name: str, model: Path | None = None) -> dict[str, str | None]:
+    """What the landmarks of `make_detector(name, model)` depend on, without making it; JSON can hold it.
+
+    The package's version, None where it is not installed; for "mediapipe" the SHA-256 of its model file too:
+    of `model`, else of the one file that `resolve_asset` accepts. face-alignment's version says its files.
+
+    Raises UserError if `model` cannot be read.
+    """
+    try:
+        installed = version(name.replace("_", "-"))
+    except PackageNotFoundError:
+        installed = None
+    if name != "mediapipe":
+        return {"detector": name, "version": installed}
+    weights = ASSETS["face_landmarker"].sha256 if model is None else sha256_of(model)
+    return {"detector": name, "version": installed, "model": weights}
 
 
 class MediaPipeDetector:
