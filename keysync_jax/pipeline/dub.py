@@ -6,7 +6,7 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -14,23 +14,24 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from keysync_jax.config import StageKind
+from keysync_jax.config import ModelConfig, StageKind
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
 from keysync_jax.media.audio import frames_of, read_audio
 from keysync_jax.media.composite import paste
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
-from keysync_jax.media.detectors import DETECTORS, make_detector
+from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
 from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks, save_landmarks
 from keysync_jax.media.masks import SIZE as MASK_SIZE
 from keysync_jax.media.masks import exclude, make_mask, to_latent
-from keysync_jax.media.occlusion import load_occluder, occluded_cells
+from keysync_jax.media.occlusion import Occluder, occluded_cells
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import Timeline, source_index
 from keysync_jax.media.video import VideoInfo, probe_video, read_frames, scan_timeline
 from keysync_jax.media.writer import VideoWriter, check_writable
 from keysync_jax.model import Model, model_bytes, open_model
+from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
 from keysync_jax.pipeline.latents import decode_latents, encode_frames
@@ -48,8 +49,8 @@ class DubSettings:
       landmarks: a `.npy` file with landmarks `[frames, 68, 2]`, or the name of a detector.
       landmark_model: the detector's model file, where it is not in the cache.
       allow_download: fetch a detector's model file from its official address.
-      occluder: masks of what lies before the face, as `media.occlusion.load_occluder` takes them; it is left
-        as it is (eq. 7).
+      occluder: masks of what lies before the face, as `media.occlusion.Occluder` takes them; it is left as it
+        is (eq. 7).
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
@@ -174,6 +175,8 @@ def dub(
         if output.resolve() == source_file.resolve():
             raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
     source = _probe(video, voice)
+    given = _given_landmarks(source, settings)
+    occluder = _given_occluder(source, settings)
     model = model if isinstance(model, Model) else _open(Path(model), phases)
     if model.config.keyframe.frames != FRAMES:
         raise UserError(
@@ -192,11 +195,8 @@ def dub(
         Workspace(output, _fingerprint(source, model, settings, sampling)) as work,
         jax.default_matmul_precision(precision),
     ):
-        try:
-            geometry = _geometry(source, model, settings, work, phases)
-        except UserError:
-            work.remove()  # no later run could use it
-            raise
+        landmarks, present = _landmarks(source, settings, given, work, phases)
+        geometry = _geometry(source, model.config, landmarks, present, occluder, phases)
         report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
         work.remove()
     return report
@@ -217,59 +217,82 @@ def _fingerprint(
     source: Source, model: Model, settings: DubSettings, sampling: Sampling
 ) -> dict[str, object]:
     """Everything that landmarks, latents and generated frames depend on."""
-    landmarks = Path(settings.landmarks)
+    landmarks = settings.landmarks
     return {
+        **environment(),
         "video": sha256_of(source.video),
         "voice": sha256_of(source.voice),
-        "landmarks": sha256_of(landmarks) if landmarks.is_file() else settings.landmarks,
-        "model": dict(model.hashes),
-        "mask": model.config.mask,
+        "landmarks": detector_identity(landmarks, settings.landmark_model)
+        if landmarks in DETECTORS
+        else sha256_of(landmarks),
         "occluder": None if settings.occluder is None else sha256_of(settings.occluder),
-        "guidance": asdict(model.config.guidance),
+        "model": model.fingerprint,
         "sigmas": sampling.sigmas.tolist(),
         "seed": settings.seed,
         "dtype": settings.compute_dtype,
-        "backend": jax.default_backend(),
     }
 
 
-def _geometry(
-    source: Source, model: Model, settings: DubSettings, work: Workspace, phases: Phases
-) -> Geometry:
-    """Landmarks, then crop and mask of every used frame."""
+def _given_landmarks(source: Source, settings: DubSettings) -> np.ndarray | None:
+    """Landmarks of every used frame out of the user's file, which is checked; None with a detector."""
+    if settings.landmarks in DETECTORS:
+        return None
+    found = load_landmarks(Path(settings.landmarks), len(source.timeline), source.timeline)[: source.used]
+    bridge(found)
+    return found
+
+
+def _given_occluder(source: Source, settings: DubSettings) -> Occluder | None:
+    if settings.occluder is None:
+        return None
+    return Occluder(settings.occluder, len(source.timeline), source.info.height, source.info.width)
+
+
+def _landmarks(
+    source: Source, settings: DubSettings, given: np.ndarray | None, work: Workspace, phases: Phases
+) -> tuple[np.ndarray, np.ndarray]:
+    """Landmarks of every used frame, and whether it has a face, as `bridge` returns them.
+
+    They are given, kept by an earlier run, or found now; they are kept once it is clear that there is a face.
+    """
     stored = work.folder / "landmarks.npy"
     with phases.phase("landmarks", source.used, "frames") as advance:
-        if stored.is_file():
-            found = load_landmarks(stored, source.used)
-            advance(source.used)
-        else:
-            found = _landmarks(source, settings, advance)
+        if given is None and not stored.is_file():
+            found = _detected(source, settings, advance)
+            bridged = bridge(found)
             save_landmarks(stored, found)
-    landmarks, present = bridge(found)
+            return bridged
+        found = load_landmarks(stored, source.used) if given is None else given
+        advance(source.used)
+        return bridge(found)
+
+
+def _detected(source: Source, settings: DubSettings, advance: Advance) -> np.ndarray:
+    chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
+    with closing(make_detector(*chosen)) as detector:
+        return detect_all(islice(read_frames(source.video), source.used), detector, advance)
+
+
+def _geometry(
+    source: Source,
+    config: ModelConfig,
+    landmarks: np.ndarray,
+    present: np.ndarray,
+    occluder: Occluder | None,
+    phases: Phases,
+) -> Geometry:
+    """Crop and mask of every used frame."""
     boxes = crop_track(landmarks, present, source.info.height, source.info.width)
     cropped = landmarks_in_crop(landmarks, boxes, MASK_SIZE)
-    size = model.config.keyframe.latent_size
+    size = config.keyframe.latent_size
     # One by one: the full-size masks of a long clip together would take gigabytes.
-    masks = [to_latent(make_mask(points[None], model.config.mask), size)[0] for points in cropped]
-    if settings.occluder is not None:
-        info = source.info
-        objects = load_occluder(settings.occluder, len(source.timeline), info.height, info.width)
-        masks = [
-            exclude(mask, occluded_cells(frame, box, size))
-            for mask, frame, box in zip(masks, objects, boxes, strict=False)
-        ]
+    masks = [to_latent(make_mask(points[None], config.mask), size)[0] for points in cropped]
+    if occluder is not None:
+        with phases.phase("occluder", source.used, "frames") as advance:
+            for i, (box, frame) in enumerate(zip(boxes, occluder, strict=False)):
+                masks[i] = exclude(masks[i], occluded_cells(frame, box, size))
+                advance(1)
     return Geometry(boxes, present, np.stack(masks))
-
-
-def _landmarks(source: Source, settings: DubSettings, advance: Advance) -> np.ndarray:
-    """Landmarks of every used frame, NaN without a face: from a file or by a detector."""
-    if settings.landmarks in DETECTORS:
-        chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
-        with closing(make_detector(*chosen)) as detector:
-            return detect_all(islice(read_frames(source.video), source.used), detector, advance)
-    found = load_landmarks(Path(settings.landmarks), len(source.timeline), source.timeline)
-    advance(source.used)
-    return found[: source.used]
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Where a long run keeps what it has done, so that the same command goes on after an interruption.
 
 A workspace is a hidden folder beside the output. It is bound to a fingerprint of the inputs and
-settings: a run with others starts from nothing. It is removed when the output is complete.
+settings: a run with others starts from nothing. It is removed when the output is complete, and where
+a run ends before there is anything to keep.
 """
 
 import shutil
@@ -31,10 +32,12 @@ class Workspace(AbstractContextManager["Workspace"]):
         with ExitStack() as stack:
             lock = output.with_name(f"{self.folder.name}.lock")
             stack.enter_context(locked(lock, f"{output}: another run is making it now"))
-            mark, wanted = self.folder / "fingerprint", fingerprint(inputs)
+            self._mark = mark = self.folder / "fingerprint"
+            wanted = fingerprint(inputs)
             self.resumed = mark.is_file() and mark.read_text() == wanted
             if not self.resumed:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                if self.folder.exists():
+                    shutil.rmtree(self.folder)
                 self.folder.mkdir()
                 write_text(mark, wanted)
             self._stack = stack.pop_all()
@@ -48,7 +51,9 @@ class Workspace(AbstractContextManager["Workspace"]):
         shutil.rmtree(self.folder)
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()  # what is kept stays for a later run
+        with self._stack:  # what is kept stays for a later run
+            if self.folder.is_dir() and list(self.folder.iterdir()) == [self._mark]:
+                self.remove()
 
 
 class ResumableArray:

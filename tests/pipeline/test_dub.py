@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -21,7 +23,7 @@ from keysync_jax.media.composite import pasted_region
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import source_index
 from keysync_jax.media.writer import VideoWriter
-from keysync_jax.model import open_model
+from keysync_jax.model import Model, open_model
 from keysync_jax.pipeline import dub as dub_module
 from keysync_jax.pipeline import generate
 from keysync_jax.pipeline.dub import DubReport, DubSettings, dub
@@ -131,6 +133,67 @@ def test_what_lies_before_the_face_is_left_alone(
         np.testing.assert_array_equal(mask, before * free)
         assert mask.any()
     assert_untouched_outside(captured, clip / "video.mp4", 28, FRAMES)
+
+
+class Finder:
+    """A detector that finds a face in every frame, or in none; counts how often it was made."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, face: bool = True):
+        self.made, self.face = 0, face
+        patch.setattr(dub_module, "make_detector", self._make)
+
+    def _make(self, *_: object) -> "Finder":
+        self.made, self._landmarks = self.made + 1, iter(face_landmarks(FRAMES))
+        return self
+
+    def detect(self, frame: np.ndarray) -> np.ndarray | None:
+        return next(self._landmarks) if self.face else None
+
+    def close(self) -> None:
+        pass
+
+
+def test_bad_masks_cost_no_landmarks(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(**changes: Any) -> None:
+        dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", model, DubSettings(**changes))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model, finder = open_model(tiny_model), Finder(monkeypatch)
+    kept = tmp_path / ".out.mp4.work/landmarks.npy"
+    monkeypatch.setattr(dub_module, "encode_frames", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert kept.is_file()
+    np.save(tmp_path / "short.npy", np.zeros((FRAMES - 1, 80, 96), np.uint8))
+    with pytest.raises(UserError, match=r"short.npy: holds uint8 \[29, 80, 96\], the video's masks"):
+        run(occluder=tmp_path / "short.npy")
+    assert kept.is_file()
+    assert finder.made == 1
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert finder.made == 1
+    # Of a .npz it shows only while it is read that a frame is damaged.
+    masks = tmp_path / "damaged.npz"
+    np.savez(masks, occluder=np.full((FRAMES, 80, 96), 1, np.uint8))
+    masks.write_bytes(masks.read_bytes().replace(bytes([1] * 80), bytes([1] * 79 + [2]), 1))
+    with pytest.raises(UserError, match="Bad CRC-32"):
+        run(occluder=masks)
+    assert finder.made == 2
+    assert kept.is_file()
+
+
+def test_a_run_without_a_face_leaves_nothing(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finder = Finder(monkeypatch, face=False)
+    with pytest.raises(UserError, match="no face was found"):
+        dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model)
+    assert finder.made == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_longer_voice_compiles_nothing_new_and_plays_the_video_to_and_fro(
@@ -394,6 +457,40 @@ def test_two_runs_do_not_share_a_workspace(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with Workspace(tmp_path / "out.mp4", {"seed": 2}) as other:
         assert not other.resumed
+
+
+def altered_model(model: Model, **changes: Any) -> Model:
+    return replace(model, config=replace(model.config, **changes))
+
+
+def test_what_is_kept_is_bound_to_everything_it_depends_on(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, weights = open_model(tiny_model), tmp_path / "face.task"
+    weights.write_bytes(b"one")
+    chosen = DubSettings(landmark_model=weights, dtype="fp32")
+    source: Any = SimpleNamespace(video=clip / "video.mp4", voice=clip / "voice.wav")
+    sampling: Any = SimpleNamespace(sigmas=np.array([1.0, 0.0]))
+
+    def kept(model: Model, chosen: DubSettings = chosen) -> str:
+        return json.dumps(dub_module._fingerprint(source, model, chosen, sampling), sort_keys=True)
+
+    first, config = kept(model), model.config
+    assert kept(open_model(tiny_model)) == first
+    unet = replace(config.keyframe.unet, head_dim=8)
+    others = [
+        kept(altered_model(model, vae=replace(config.vae, scale_factor=0.2))),
+        kept(altered_model(model, keyframe=replace(config.keyframe, unet=unet))),
+        kept(model, replace(chosen, dtype="bf16")),
+        kept(model, replace(chosen, landmark_model=None)),
+    ]
+    weights.write_bytes(b"two")
+    others.append(kept(model))
+    weights.write_bytes(b"one")
+    assert kept(model) == first
+    monkeypatch.setattr("keysync_jax.pipeline.environment.code_digest", lambda *_: "0" * 64)
+    others.append(kept(model))
+    assert len({first, *others}) == 7
 
 
 def test_the_identity_frame_is_the_first_with_a_face(
