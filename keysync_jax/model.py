@@ -5,7 +5,7 @@ and the SHA-256 of every file. Opening a model checks all of it before anything 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from keysync_jax.config import (
     to_dict,
 )
 from keysync_jax.errors import UserError
-from keysync_jax.files import fingerprint, new_folder, sha256_of, write_json
+from keysync_jax.files import fingerprint, new_folder, sha256_once, write_json
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.nn.stages import stage
@@ -87,7 +87,8 @@ class Model:
     """An opened and checked model directory; components are loaded when asked for.
 
     Attributes:
-      hashes: SHA-256 of each component by file name; of a log-mel encoder's settings by `encoder_name`.
+      hashes: SHA-256 of each component by file name, as `config.json` has it; of a log-mel encoder's settings
+        by `encoder_name`.
     """
 
     folder: Path
@@ -111,7 +112,11 @@ class Model:
           component: one of `components(config)`.
           dtype: "fp32" or "bf16", of the computation. In bf16 the matrices are held in bf16 too; norms,
             biases and mixing factors stay fp32, so the result is that of casting at each use.
+
+        Raises:
+          UserError: the file has changed since the model was opened.
         """
+        _check_bytes(self.folder / f"{component}.safetensors", self.hashes)
         graphdef, wanted = shapes(maker(self.config, component, DTYPES[dtype]))
         file = TensorFile(self.folder / f"{component}.safetensors")
 
@@ -127,32 +132,32 @@ class Model:
         return self.load(f"audio_{kind}").params if has_weights else {}
 
 
-def open_model(folder: str | Path, progress: Progress | None = None) -> Model:
+def open_model(
+    folder: str | Path, progress: Progress | None = None, only: Collection[str] | None = None
+) -> Model:
     """Opens a model directory and checks all of it.
 
     Checked: the config (unknown keys, parts that do not fit each other), that every component is
     there, its bytes (SHA-256), its tensors' names and shapes, and the audio encoder that it was
-    trained on.
+    trained on. Bytes that this process has hashed already are not read again.
 
     Args:
       progress: is told of each block of bytes that was hashed.
+      only: the components that will be used; the files of the others are not looked at.
 
     Raises:
       UserError: anything of that fails; the sentence names the file.
     """
     folder = Path(folder)
     config, hashes = _read_config(folder / "config.json")
-    for component in components(config):
+    for component in components(config) if only is None else only:
         path = folder / f"{component}.safetensors"
         if path.name not in hashes:
             raise UserError(f"{folder / 'config.json'}: has no hash of {path.name}")
         if not path.is_file():
             raise UserError(f"{path}: this component of the model is missing")
         _check_component(config, component, TensorFile(path))
-        if sha256_of(path, progress) != hashes[path.name]:
-            raise UserError(
-                f"{path}: was altered after the model was made (its SHA-256 is not config.json's)"
-            )
+        _check_bytes(path, hashes, progress)
     return Model(folder, config, hashes | _settings_hashes(config))
 
 
@@ -208,6 +213,11 @@ def _read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
 def _settings_hashes(config: ModelConfig) -> dict[str, str]:
     encoders = [encoder for encoder in config.encoders.values() if isinstance(encoder, LogMelConfig)]
     return {encoder_name(encoder.kind): encoder.sha256 for encoder in encoders}
+
+
+def _check_bytes(path: Path, hashes: Mapping[str, str], progress: Progress | None = None) -> None:
+    if sha256_once(path, progress) != hashes[path.name]:
+        raise UserError(f"{path}: was altered after the model was made (its SHA-256 is not config.json's)")
 
 
 def _check_component(config: ModelConfig, component: str, file: TensorFile) -> None:

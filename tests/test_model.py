@@ -12,7 +12,8 @@ import pytest
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, from_dict, to_dict
 from keysync_jax.errors import UserError
-from keysync_jax.model import open_model
+from keysync_jax.model import model_bytes, open_model
+from tests.tiny_model import Hashed
 
 
 @pytest.fixture
@@ -57,6 +58,39 @@ def test_what_makes_another_model(copy: Path) -> None:
     edited = open_model(copy)
     assert edited.hashes == first.hashes
     assert edited.fingerprint in others
+
+
+def test_a_process_hashes_a_model_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, told = Hashed(monkeypatch), list[int]()
+    sizes = {path.name: path.stat().st_size for path in copy.glob("*.safetensors")}
+    assert len(sizes) == 5
+    open_model(copy)
+    open_model(copy, told.append).load("vae")
+    assert hashed.bytes == sizes
+    assert sum(told) == model_bytes(copy)
+
+
+def test_only_what_is_used_is_hashed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, hashed = open_model(copy), Hashed(monkeypatch)
+    for path in copy.glob("*.safetensors"):
+        path.touch()
+    assert open_model(copy, only=()).fingerprint == whole.fingerprint
+    assert not hashed.bytes
+    open_model(copy, only=["vae"])
+    assert set(hashed.bytes) == {"vae.safetensors"}
+    (copy / "keyframe.safetensors").unlink()
+    open_model(copy, only=["vae"])
+    with pytest.raises(UserError, match=r"keyframe.safetensors: this component of the model is missing"):
+        open_model(copy, only=["keyframe"])
+
+
+def test_a_component_that_changes_under_a_run_is_not_loaded(copy: Path) -> None:
+    model, path = open_model(copy), copy / "vae.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"vae.safetensors: was altered"):
+        model.load("vae")
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

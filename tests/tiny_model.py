@@ -1,12 +1,15 @@
 """A tiny KeySync checkpoint set, every tensor by the rule of its name, in the release's containers."""
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from keysync_jax import files
 from keysync_jax.config import SpeechConfig
 from keysync_jax.convert.checkpoint import AudioSource, Checkpoints
 from keysync_jax.convert.speech import microsoft_table, transformers_table
@@ -122,6 +125,20 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
         x.dtype == b[k].dtype and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(b[k]).tobytes()
         for k, x in a.items()
     )
+
+
+class Hashed:
+    """Bytes that are hashed, by file name."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.bytes: Counter[str] = Counter()
+        hashed = files.sha256_of
+
+        def counted(path: Path, progress: Callable[[int], object] | None = None) -> str:
+            self.bytes[Path(path).name] += Path(path).stat().st_size
+            return hashed(path, progress)
+
+        patch.setattr(files, "sha256_of", counted)
 
 
 if __name__ == "__main__":

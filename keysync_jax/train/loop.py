@@ -174,9 +174,9 @@ def _model_hashes(config: TrainConfig) -> dict[str, str]:
     """
     hashes: dict[str, str] = {}
     if config.init.vae and (Path(config.init.vae) / "vae.safetensors").is_file():
-        hashes |= open_model(config.init.vae).hashes
+        hashes |= open_model(config.init.vae, only=()).hashes
     if config.init.kind == "keysync" and config.init.path:
-        stage = open_model(config.init.path).hashes
+        stage = open_model(config.init.path, only=()).hashes
         hashes |= {file: sha256 for file, sha256 in stage.items() if file != "vae.safetensors"}
     return hashes
 

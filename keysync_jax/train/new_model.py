@@ -85,7 +85,7 @@ def new_model(
 
 def _warm(tensors: dict[str, Weights], folder: Path) -> tuple[dict[str, Weights], dict[str, str]]:
     """Another model's stages where names and shapes agree, and what is said of each stage's origin."""
-    model = open_model(folder)
+    model = open_model(folder, only=tensors)
     mixed, origins = {}, {}
     for kind, weights in tensors.items():
         file = TensorFile(folder / f"{kind}.safetensors")

@@ -97,7 +97,7 @@ def stage_shapes(config: StageConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _from_keysync(config: StageConfig, folder: Path) -> Weights:
-    model = open_model(folder)
+    model = open_model(folder, only=[config.kind])
     _check_same_sizes(to_dict(model.config.stage(config.kind)), to_dict(config), f"{folder}: {config.kind}")
     file = TensorFile(folder / f"{config.kind}.safetensors")
     return {path: np.asarray(file[path], np.float32) for path in file}
@@ -172,7 +172,7 @@ def _vae_weights(config: TrainConfig) -> tuple[VAEConfig, Weights]:
         return config.vae, random_weights(vae_shapes(config).params, config.seed)
     path = Path(config.init.vae)
     if (path / "vae.safetensors").is_file():
-        model = open_model(path)
+        model = open_model(path, only=["vae"])
         _check_same_vae(path, model.config.vae, config.vae)
         return model.config.vae, dict(TensorFile(path / "vae.safetensors"))
     tensors = open_tensors(_component_folder(path, "vae"))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from keysync_jax.errors import UserError
 from keysync_jax.model import open_model
 from keysync_jax.parity.golden import Golden
 from keysync_jax.tensorfile import TensorFile, write_tensors
-from keysync_jax.train.config import InitConfig, TrainConfig
+from keysync_jax.train.config import DataConfig, InitConfig, LogConfig, TrainConfig
+from keysync_jax.train.loop import _StageJob
 from keysync_jax.train.start import first_weights, load_vae, stage_shapes, vae_shapes
-from tests.tiny_model import rule_tensors
+from tests.tiny_model import Hashed, rule_tensors
+from tests.train.synthetic_dataset import write_dataset
 
 NEW = {
     "keyframe": {"unet.add_embedding.linear_1.kernel", "audio_projection.kernel", "audio_projection.bias"},
@@ -78,6 +81,31 @@ def write_component(folder: Path, tensors: Mapping[str, np.ndarray], name: str) 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"_class_name": name}))
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+
+
+def test_a_start_hashes_what_it_uses_and_that_once(
+    golden: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, VAE and previews of one model, whose hashes the datasets are checked against."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    hashes = open_model(model).hashes
+    data = write_dataset(
+        tmp_path / "data", vae=hashes["vae.safetensors"], audio=hashes["audio_hubert.safetensors"]
+    )
+    config = train_config(golden, "keyframe", kind="keysync", path=str(model), vae=str(model))
+    config = dataclasses.replace(
+        config,
+        data=DataConfig(paths=(str(data),), keyframe_stride=1),
+        log=LogConfig(preview_every=1, preview_data=str(data)),
+    )
+    for path in model.glob("*.safetensors"):
+        path.touch()  # What the test itself has opened does not count.
+    hashed = Hashed(monkeypatch)
+    job = _StageJob(config)
+    job.first_weights()
+    assert job.preview is not None
+    used = ("vae.safetensors", "keyframe.safetensors")
+    assert hashed.bytes == {name: (model / name).stat().st_size for name in used}
 
 
 @pytest.mark.parametrize("layout", ["engine", "diffusers"])

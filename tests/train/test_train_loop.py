@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused(config: TrainConfig, dataset: Path, tmp_pa
 def test_data_of_another_model_is_refused(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: InitKind, encoder: str
 ) -> None:
-    def hashes(folder: str) -> SimpleNamespace:
+    def hashes(folder: str, only: object = None) -> SimpleNamespace:
         letter = Path(folder).name[0]
         return SimpleNamespace(hashes={f"{n}.safetensors": letter * 64 for n in ("vae", "audio_hubert")})
 
