@@ -2,7 +2,7 @@
 
 The only place that writes under a temporary name and renames. A temporary file or folder stands beside what
 it will be and is locked by the process that writes it; what a killed process left is not locked, and the next
-one that writes into the folder removes it. Modes are what the umask says.
+one that writes the same name removes it. Modes are what the umask says.
 """
 
 import errno
@@ -12,9 +12,7 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,10 +24,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial(\.[^.]*)?")
-"""Names of temporary files and folders: those of `_make_locked` and nobody else's."""
-
-_SWEEP_SHARE = 0.05
-"""Share of the time that goes at most into looking for what killed processes left in a folder."""
+"""Names of temporary files and folders, those of `_numbered` and nobody else's."""
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of the errors of a disk without room."""
@@ -120,73 +115,92 @@ def copy_file(source: Path, target: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Removes the temporary files and folders in `folder` whose writers have ended."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if _TEMPORARY.fullmatch(entry.name):
-                _remove_left(Path(entry.path))
+    with suppress(OSError):
+        for entry in list(folder.iterdir()):
+            if _is_temporary(entry):
+                _remove_left(entry)
 
 
-_next_sweeps: dict[Path, float] = {}
-"""Folder -> the time at which this process looks through it again."""
-
-
-def _sweep_at_times(folder: Path) -> None:
-    """Sweeps a folder that is written to, unless that would take more of the time than `_SWEEP_SHARE`.
-
-    A look takes as long as the folder does: 70 ms for 100,000 files, too long to go before each of as many.
-    """
-    folder, began = folder.absolute(), time.monotonic()
-    if began < _next_sweeps.get(folder, began):
-        return
-    sweep(folder)
-    ended = time.monotonic()
-    _next_sweeps[folder] = ended + (ended - began) / _SWEEP_SHARE
+def _is_temporary(entry: Path) -> bool:
+    return _TEMPORARY.fullmatch(entry.name) is not None
 
 
 @contextmanager
 def _partial(path: Path, folder: bool) -> Iterator[Path]:
     """A locked temporary file or folder beside `path`; removed at the end where it still has that name."""
-    _sweep_at_times(path.parent)
     partial, held = _make_locked(path, folder)
     try:
         yield partial
     finally:
         try:
-            _remove(partial)
+            if _is_linked(held, partial):
+                _remove(partial)
         finally:
             os.close(held)
 
 
 def _make_locked(path: Path, folder: bool) -> tuple[Path, int]:
-    """The temporary file or folder, and the descriptor that holds its lock."""
+    """The temporary file or folder, and the descriptor that holds its lock.
+
+    Its number is the lowest that no living process has; what killed ones left under it and the next goes.
+    """
+    number = 0
     while True:
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial{path.suffix}")
+        partial = _numbered(path, number)
         try:
-            if folder:
-                partial.mkdir()
-            held = os.open(partial, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            held = _make(partial, folder)
+        except FileExistsError:
+            number += not _remove_left(partial)
+            continue
         except OSError as error:
             error.filename = str(path)  # The name that the user knows.
             raise
-        try:
-            mine = _flock(held) and _is_linked(held, partial)
-        except OSError:  # No locks on this file system: nothing can be swept there either.
-            mine = True
-        if mine:
-            return partial, held
-        os.close(held)  # Another process swept it between the two calls.
+        if held is None:
+            continue
+        while os.path.lexists(left := _numbered(path, number + 1)) and _remove_left(left):
+            number += 1
+        return partial, held
 
 
-def _remove_left(partial: Path) -> None:
-    """Removes a temporary file or folder unless a process still holds its lock."""
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f".{path.name}.{number:08x}.partial{path.suffix}")
+
+
+def _make(partial: Path, folder: bool) -> int | None:
+    """Makes a temporary file or folder; the descriptor that holds its lock, None where it was swept at once.
+
+    Raises:
+      FileExistsError: there is one of that name.
+      OSError: it cannot be made.
+    """
+    if folder:
+        partial.mkdir()
+    try:
+        held = os.open(partial, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileNotFoundError:
+        if folder:
+            return None
+        raise
+    try:
+        if _flock(held) and _is_linked(held, partial):
+            return held
+    except OSError:  # No locks on this file system: nothing can be swept there either.
+        return held
+    os.close(held)
+    return None
+
+
+def _remove_left(partial: Path) -> bool:
+    """Removes a temporary file or folder unless a process holds its lock; whether it is gone."""
     with suppress(OSError):
         # NFS locks only what is open for writing, as a folder cannot be.
         held = os.open(partial, os.O_RDONLY if partial.is_dir() else os.O_RDWR)
         try:
-            if _flock(held):
+            if _flock(held) and _is_linked(held, partial):
                 _remove(partial)
         finally:
             os.close(held)
+    return not os.path.lexists(partial)
 
 
 def _remove(path: Path) -> None:
@@ -291,10 +305,6 @@ def settle(mark: Path, content: Mapping[str, Any], what: str, other: str = "othe
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     return False
-
-
-def _is_temporary(entry: Path) -> bool:
-    return _TEMPORARY.fullmatch(entry.name) is not None
 
 
 def make_folder(folder: Path) -> None:

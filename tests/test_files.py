@@ -38,11 +38,6 @@ from keysync_jax.files import (
 from keysync_jax.media.landmarks import save_landmarks
 
 
-@pytest.fixture(autouse=True)
-def no_folder_was_swept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_next_sweeps", {})
-
-
 def _half(partial: Path, error: type[BaseException]) -> None:
     partial.write_text("half")
     raise error
@@ -166,48 +161,67 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_keep
     assert names(tmp_path) == [left, "other"]
     sweep(tmp_path)
     assert names(tmp_path) == ["other"]
-    with holding(code, tmp_path / "out.mp4"):
-        pass
-    files._next_sweeps.clear()
-    write_text(tmp_path / "out.txt", "x")
-    assert names(tmp_path) == ["other", "out.txt"]
+    with holding(code, tmp_path / "out.mp4"), holding(code, tmp_path / "out.mp4"):
+        assert len(names(tmp_path)) == 3
+    write_text(tmp_path / "out.mp4", "x")
+    assert names(tmp_path) == ["other", "out.mp4"]
 
 
 def test_hidden_files_of_others_are_left_alone(tmp_path: Path) -> None:
     kept = [
-        ".out.mp4.0123abcd.mp4",
+        ".out.mp4.00000001.mp4",
         ".out.mp4.notes.partial.mp4",
         ".partial",
         ".partials",
         ".work",
-        "out.mp4.0123abcd.partial.mp4",
+        "out.mp4.00000000.partial.mp4",
     ]
     for name in kept:
         (tmp_path / name).touch()
-    (tmp_path / ".out.mp4.0123abcd.partial.mp4").touch()
     write_text(tmp_path / "out.mp4", "x")
+    (tmp_path / ".out.mp4.00000000.partial.mp4").touch()
     sweep(tmp_path)
     assert names(tmp_path) == sorted([*kept, "out.mp4"])
 
 
-def test_a_long_folder_is_not_looked_through_at_every_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks, now = [], [0.0]
+def test_a_write_does_not_look_through_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 100,000 files there it takes 70 ms, and a dataset makes as many writes."""
 
-    def look(folder: Path) -> None:
-        looks.append(folder)
-        now[0] += 0.07
+    def look(*_: object) -> Any:
+        raise AssertionError
 
-    monkeypatch.setattr(files, "sweep", look)
-    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
-    for number in range(1000):
-        write_text(tmp_path / str(number), "")
-        now[0] += 0.001
-    assert len(looks) == 1
-    now[0] += 1
-    write_text(tmp_path / "later", "")
-    assert len(looks) == 2
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, look)
+    write_text(tmp_path / "a", "x")
+    monkeypatch.undo()
+    assert names(tmp_path) == ["a"]
+
+
+LOOP = """
+import os, sys, time
+from pathlib import Path
+from keysync_jax.files import replacing
+
+mine, until, done = str(os.getpid()) * 1000, time.monotonic() + 1, 0
+while time.monotonic() < until:
+    with replacing(sys.argv[1]) as partial:
+        assert partial.read_bytes() == b""
+        partial.write_text(mine)
+        assert partial.read_text() == mine
+    done += 1
+print(done)
+"""
+
+
+def test_processes_that_write_the_same_name_do_not_meet(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOOP, str(tmp_path / "out.json")]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    results = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(error for _, error in results)
+    assert all(int(done) > 20 for done, _ in results)
+    assert names(tmp_path) == ["out.json"]
+    assert (tmp_path / "out.json").read_text() in {str(run.pid) * 1000 for run in runs}
 
 
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -307,9 +321,9 @@ def test_a_file_system_without_locks_gets_a_warning(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with locked(tmp_path / "lock", "busy"):
         assert "No locks available" in caplog.text
-    write_text(tmp_path / "file", "x")
-    left = tmp_path / ".file.0123abcd.partial"
+    left = tmp_path / ".file.00000000.partial"
     left.touch()
+    write_text(tmp_path / "file", "x")
     sweep(tmp_path)  # It may be a living process's.
     assert names(tmp_path) == [left.name, "file"]
 
