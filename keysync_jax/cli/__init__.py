@@ -4,20 +4,22 @@ Nothing heavy is imported before a subcommand runs, so `keysync --help` is quick
 """
 
 import argparse
-import errno
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from keysync_jax import __version__
 from keysync_jax.cli import data, dubbing, evaluation, models, training
+from keysync_jax.cli.stopping import Stopped, stopping_in_order
 from keysync_jax.errors import UserError
+from keysync_jax.files import FULL_DISK
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
-    0: done. 1: a check did not hold (`parity`, `synth-eval`). 2: something the user gave cannot be used, said
-    in one sentence on stderr. 130: interrupted.
+    0: done. 1: a check did not hold (`parity`, `synth-eval`). 2: something the user gave cannot be used, or
+    the machine failed, said in one sentence on stderr. 130: interrupted. 128 + n: stopped by signal n.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     # --config.x.y=v are settings, whose names argparse does not know.
@@ -27,18 +29,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and arguments.run is not training.run_train:
         parser.error(f"{overrides[0]} is a setting of keysync train")
     arguments.overrides = overrides
+    # A training run has a way of its own: it finishes the step under way and saves it.
+    with stopping_in_order(arguments.run is not training.run_train):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments))
     except UserError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        how = str(error) if isinstance(error, Stopped) else "interrupted"
         goes_on = "; the same command goes on where this one was" if arguments.resumable else ""
-        print(f"keysync: interrupted{goes_on}", file=sys.stderr)
-        return 130
+        return _fail(how + goes_on, error.code if isinstance(error, Stopped) else 130)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_DISK:
             return _fail(f"the disk is full ({error.filename or 'while writing'})")
-        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        if error.filename is not None and error.strerror is not None:
             return _fail(f"{error.filename}: {error.strerror}")
         raise
     except RuntimeError as error:
@@ -47,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _fail(sentence: str) -> int:
-    print(f"keysync: {sentence}", file=sys.stderr)
-    return 2
+def _fail(sentence: str, code: int = 2) -> int:
+    with suppress(OSError):  # The terminal may be gone, and with it what is left to tell.
+        print(f"keysync: {sentence}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
