@@ -187,7 +187,7 @@ def test_every_ablation_has_a_row(model: Model, tmp_path: Path, monkeypatch: pyt
 def test_a_folder_of_other_dubs_is_refused(model: Model, tmp_path: Path) -> None:
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "eval.json").write_text(json.dumps({"model": {}}))
-    with pytest.raises(UserError, match="holds dubs of other settings"):
+    with pytest.raises(UserError, match="holds dubs of another model or other clips"):
         evaluate(model, tmp_path / "eval", EvalSettings(clips=2))
 
 

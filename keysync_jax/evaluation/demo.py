@@ -7,9 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from keysync_jax.evaluation.pairs import Pair
-from keysync_jax.evaluation.synth_eval import Scores, identity, measure
-from keysync_jax.files import copy_file, fingerprint, make_folder
+from keysync_jax.evaluation.pairs import Pair, dubs_digest
+from keysync_jax.evaluation.synth_eval import Scores, measure
+from keysync_jax.files import copy_file, make_folder
 from keysync_jax.media.crop import landmarks_in_crop
 from keysync_jax.media.masks import SIZE as MASK_SIZE
 from keysync_jax.media.masks import make_mask, to_latent
@@ -17,7 +17,6 @@ from keysync_jax.media.writer import VideoWriter
 from keysync_jax.metrics.mouth import MouthReader
 from keysync_jax.model import Model
 from keysync_jax.pipeline.phases import Phases
-from keysync_jax.synthetic.world import FORMAT
 
 SEED = 2_000_003
 """World of the demo: its people are in no training set."""
@@ -73,9 +72,8 @@ def demo(
 
 
 def _settle(output: Path, model: Model, number: int, seconds: float) -> Path:
-    """The folder of this demo's clips and dubs; another model or world has another one."""
-    digest = fingerprint([FORMAT, identity(model)])[:8]
-    folder = output / f"pair-{number:05d}-{seconds:g}s-{digest}"
+    """The folder of this demo's clips and dubs; another model, world or code has another one."""
+    folder = output / f"pair-{number:05d}-{seconds:g}s-{dubs_digest(model)}"
     make_folder(output)
     make_folder(folder)
     return folder

@@ -7,16 +7,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from keysync_jax.files import fingerprint
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
 from keysync_jax.media.masks import mouth_region
 from keysync_jax.media.video import read_frames
 from keysync_jax.metrics.mouth import MouthReader, Mouths, eye_distance
 from keysync_jax.model import Model
 from keysync_jax.pipeline.dub import DubSettings, dub
+from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.latents import decode_latents, encode_frames
 from keysync_jax.synthetic.phonemes import Utterance, silent_utterance
 from keysync_jax.synthetic.voice import SAMPLE_RATE
-from keysync_jax.synthetic.world import SyntheticClip, draw_clip, truth_of, write_clip, write_wave
+from keysync_jax.synthetic.world import FORMAT, SyntheticClip, draw_clip, truth_of, write_clip, write_wave
 
 VOICES = 100_000
 """Number of the first clip whose voice drives a pair; its person is not seen."""
@@ -166,6 +168,21 @@ class Pair:
         vae, size = model.load("vae"), model.config.crop_size
         latents = np.concatenate(list(encode_frames(vae, self.crops(self.original, size))))
         return np.rint(decode_latents(vae, latents)).astype(np.uint8)
+
+
+def clips_digest() -> str:
+    """Names a folder of pairs' clips: 8 hex digits of the world's format, the code, libraries and device."""
+    return fingerprint({"world": FORMAT, **environment("synthetic", "evaluation.pairs")})[:8]
+
+
+def dubs_digest(model: Model) -> str:
+    """Names a folder of pairs' dubs: 8 hex digits of all that `Pair.dubbed` depends on, the pair apart.
+
+    Dubs that another code made, another device or another config lie in a folder of another name, so they are
+    neither taken for these nor lost.
+    """
+    made = {"clips": clips_digest(), "model": model.fingerprint, "dtype": DubSettings().compute_dtype}
+    return fingerprint(made)[:8]
 
 
 def read_mouths(reader: MouthReader, frames: np.ndarray, pair: Pair) -> Mouths:

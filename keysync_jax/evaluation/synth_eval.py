@@ -9,7 +9,7 @@ import numpy as np
 
 from keysync_jax.config import GuidanceConfig, MaskKind
 from keysync_jax.errors import UserError
-from keysync_jax.evaluation.pairs import Pair, read_mouths
+from keysync_jax.evaluation.pairs import Pair, clips_digest, dubs_digest, read_mouths
 from keysync_jax.files import settle, write_json
 from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
 from keysync_jax.metrics.mouth import MouthReader, Mouths
@@ -247,7 +247,8 @@ def evaluate(
 
     Args:
       output: folder for clips and dubs, new or begun with the same model and settings; what is there is
-        taken, so an interrupted call goes on.
+        taken, so an interrupted call goes on. What other code or another device made is not: each has
+        folders of its own (`pairs.dubs_digest`).
       others: further models by name, e.g. trained without the pixel loss; measured like an ablation.
 
     Returns:
@@ -267,7 +268,8 @@ def evaluate(
             pairs.append(_pair(output, settings, number))
             advance(1)
     with phases.phase("model", 2 * len(pairs), "dubs") as advance:
-        scores = {"model": measure(model, pairs, output / "model", reader, advance, vae=True)}
+        dubs = _dubs(output, "model", model)
+        scores = {"model": measure(model, pairs, dubs, reader, advance, vae=True)}
     few = pairs[: settings.ablation_clips]
     variants = VARIANTS if settings.ablations else {}
     models = {name: guided(model, guidance) for name, guidance in variants.items()}
@@ -276,12 +278,10 @@ def evaluate(
     models |= others
     if models and len(few) < len(pairs):
         with phases.phase(SAME_CLIPS, 2 * len(few), "dubs") as advance:
-            scores[SAME_CLIPS] = measure(model, few, output / "model", reader, advance)
+            scores[SAME_CLIPS] = measure(model, few, dubs, reader, advance)
     for name, other in models.items():
-        folder = output / _folder(name)
-        settle(folder / SETTINGS, identity(other), "dubs")
         with phases.phase(name, 2 * len(few), "dubs") as advance:
-            scores[name] = measure(other, few, folder, reader, advance)
+            scores[name] = measure(other, few, _dubs(output, name, other), reader, advance)
     if settings.ablations:
         scores |= _occlusion(model, output, settings, reader, phases)
     write_json(output / SCORES, {n: asdict(s) for n, s in scores.items()})
@@ -309,8 +309,13 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def _folder(name: str) -> str:
-    """Of the dubs of a row."""
+    """A row's name as part of a folder's."""
     return name.replace(", ", "-").replace(" ", "-")
+
+
+def _dubs(output: Path, row: str, model: Model) -> Path:
+    """The folder of a row's dubs."""
+    return output / f"{_folder(row)}-{dubs_digest(model)}"
 
 
 def _occlusion(
@@ -320,27 +325,27 @@ def _occlusion(
     pairs = [_pair(output, settings, number, True) for number in range(settings.ablation_clips)]
     scores = {}
     for name, handled in OCCLUDED.items():
-        folder = output / _folder(name)
-        settle(folder / SETTINGS, identity(model), "dubs")
+        dubs = _dubs(output, name, model)
         with phases.phase(name, len(pairs), "dubs") as advance:
-            scores[name] = measure(model, pairs, folder, reader, advance, occluder=handled, silence=False)
+            scores[name] = measure(model, pairs, dubs, reader, advance, occluder=handled, silence=False)
     return scores
 
 
 def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = False) -> Pair:
     # Occluded pairs are other clips, so that no file of theirs has the name of an open one's.
     folder, first = ("clips-occluded", 50_000) if occluded else ("clips", 0)
-    return Pair(output / folder, settings.seed, first + number, settings.seconds, occluded)
+    place = output / f"{folder}-{clips_digest()}"
+    return Pair(place, settings.seed, first + number, settings.seconds, occluded)
 
 
 def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
     """Makes the folder and notes what it is for, or checks that it was begun for the same."""
     world = {"world": FORMAT, "seconds": settings.seconds, "seed": settings.seed}
-    settle(output / SETTINGS, {**identity(model), **world}, "dubs")
+    settle(output / SETTINGS, {**_identity(model), **world}, "dubs", "another model or other clips")
 
 
-def identity(model: Model) -> dict[str, Any]:
-    """What a model's dubs depend on, the clips apart; JSON can hold it."""
+def _identity(model: Model) -> dict[str, Any]:
+    """Which model it is, whatever the code; JSON can hold it."""
     config = model.config
     settings = {"guidance": asdict(config.guidance), "mask": config.mask, "steps": config.steps}
     return {"files": dict(model.hashes), **settings}

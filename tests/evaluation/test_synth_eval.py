@@ -1,6 +1,9 @@
-"""An evaluation's memory: what is kept of a pair that was measured."""
+"""What an evaluation keeps: in memory nothing of a pair that was measured, on disk what is still right."""
 
+import shutil
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keysync_jax.evaluation import demo as demo_module
 from keysync_jax.evaluation import pairs as pairs_module
+from keysync_jax.evaluation import synth_eval as synth_eval_module
+from keysync_jax.evaluation.demo import demo
 from keysync_jax.evaluation.pairs import Pair
-from keysync_jax.evaluation.synth_eval import measure
+from keysync_jax.evaluation.synth_eval import EvalSettings, Scores, evaluate, measure
 from keysync_jax.metrics.mouth import MouthReader
+from keysync_jax.model import Model, open_model
+from tests.clips import write_video
 
 SEED, SECONDS = 4_000_003, 1.2
 
@@ -59,3 +67,59 @@ def test_memory_does_not_grow_with_the_number_of_pairs(
     assert set(rendered.values()) == {2}
     assert scores.clips == 3
     assert scores.values["source"] > 0.9
+
+
+class Dubs:
+    """Dubs that are copies of the source and are not measured: which were made."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.made: list[Path] = []
+        patch.setattr(pairs_module, "dub", self._dub)
+        patch.setattr(pairs_module, "write_clip", self._clip)
+        for module in (demo_module, synth_eval_module):
+            patch.setattr(module, "measure", self._measure)
+        patch.setattr(demo_module, "side_by_side", lambda pair, frames, model: iter(frames))
+
+    def _clip(self, folder: Path, clip: Any) -> None:
+        write_video(folder / f"{clip.name}.mp4", len(clip))
+
+    def _dub(self, video: Path, voice: Path, output: Path, *_: object) -> None:
+        self.made.append(output)
+        shutil.copyfile(video, output)
+
+    def _measure(self, model: Model, pairs: list[Pair], output: Path, *_: object, **__: object) -> Scores:
+        for pair in pairs:
+            pair.dubbed(model, output / f"{pair.number:05d}.mp4")
+        return Scores(len(pairs), {})
+
+    def of(self, call: Callable[[], object]) -> int:
+        """How many a call makes."""
+        before = len(self.made)
+        call()
+        return len(self.made) - before
+
+
+def test_no_number_is_of_old_code_or_another_device(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dubs, model, settings = Dubs(monkeypatch), open_model(tiny_model), EvalSettings(clips=2, seconds=1.0)
+
+    def made(model: Model = model) -> tuple[int, int]:
+        evaluated = dubs.of(lambda: evaluate(model, tmp_path / "eval", settings, {"other": model}))
+        return evaluated, dubs.of(lambda: demo(model, tmp_path / "demo", seconds=1.0))
+
+    assert made() == (4, 1)
+    assert made() == (0, 0)
+    finer = replace(model.config, vae=replace(model.config.vae, scale_factor=0.2))
+    assert made(replace(model, config=finer)) == (4, 1)
+    for change in (
+        ("keysync_jax.pipeline.environment.code_digest", lambda *_: "0" * 64),
+        ("keysync_jax.pipeline.dub.DubSettings.compute_dtype", "bf16"),
+        ("jax.__version__", "0"),
+        ("jax.devices", lambda *_: [SimpleNamespace(device_kind="another")]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)
+            assert made() == (4, 1)
+            assert made() == (0, 0)
+    assert made() == (0, 0)
