@@ -14,6 +14,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.files import fingerprint, sha256_of
 
 DUB_CODE = (
+    "backend",
     "config",
     "diffusion",
     "errors",
