@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for
 from keysync_jax.tensorfile import TensorFile
 
 WRAPPER_PREFIX = "_forward_module."
@@ -193,10 +194,8 @@ def _load_pickle(path: Path) -> Any:
             raise UserError(f"{path}: the file is empty")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
+    with needed_for(f"{path}: reading it"):
         import torch
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: reading it needs torch, pip install 'keysync_jax[convert]'") from error
     try:
         # DeepSpeed states carry the launcher's arguments as a Namespace, which only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -260,10 +259,8 @@ def write_deepspeed(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
       UserError: torch is not installed.
     """
-    try:
+    with needed_for(f"{path}: writing it"):
         import torch
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: writing it needs torch, pip install 'keysync_jax[convert]'") from error
 
     def converted(x: np.ndarray) -> Any:
         # torch takes no bfloat16 from numpy.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from keysync_jax import __version__
 from keysync_jax.cli import data, dubbing, evaluation, models, training
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{overrides[0]} is a setting of keysync train")
     arguments.overrides = overrides
     try:
-        return int(arguments.run(arguments))
+        with needed_for(f"keysync {arguments.command}"):
+            return int(arguments.run(arguments))
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     """Every subcommand sets `run(arguments) -> exit code`, `resumable` and `less_memory` (advice)."""
     parser = argparse.ArgumentParser(prog="keysync", description="Audio-driven lip synchronisation in JAX.")
     parser.add_argument("--version", action="version", version=f"keysync_jax {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         models.add_convert,
         dubbing.add_dub,
