@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, str] = {
     "array_record": "data",
     "face_alignment": "face-alignment",
     "grain": "train",
+    "huggingface_hub": "hub",
     "mediapipe": "landmarks",
     "ml_collections": "train",
     "optax": "train",
