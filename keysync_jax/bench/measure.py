@@ -122,7 +122,7 @@ def flop_of(workload: Workload) -> int:
 
 def _compiled(workload: Workload) -> tuple[Any, float]:
     """The program and the seconds it took to make it, whatever is in the store of compiled programs."""
-    stored = jax.config.jax_enable_compilation_cache
+    stored = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         before = time.perf_counter()

@@ -47,13 +47,14 @@ def torch_call(
     except ModuleNotFoundError as error:
         raise UserError(f"--against torch needs {error.name}, pip install 'keysync_jax[test]'") from None
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    make = {
+    makers: dict[str, Callable[[Size, Mapping[str, Arrays], _Place], Call]] = {
         "unet": _unet,
         "vae encode": partial(_vae, encode=True),
         "vae decode": partial(_vae, encode=False),
         "audio": _audio,
         "sampler": _sampler,
-    }[workload.name]
+    }
+    make = makers[workload.name]
     return lambda arrays: _waiting(make(size, arrays, _Place(dtype, compiled)))
 
 
