@@ -9,6 +9,7 @@ from keysync_jax.errors import UserError
 EXTRAS: Mapping[str, str] = {
     "absl": "train",
     "array_record": "data",
+    "diffusers": "test",
     "face_alignment": "face-alignment",
     "grain": "train",
     "huggingface_hub": "hub",
@@ -18,6 +19,7 @@ EXTRAS: Mapping[str, str] = {
     "orbax": "train",
     "tensorboardX": "train",
     "torch": "convert",
+    "transformers": "test",
 }
 """Top-level module -> the extra that brings it; the extras themselves are in setup.cfg."""
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from keysync_jax import __version__
-from keysync_jax.cli import data, dubbing, evaluation, models, training
+from keysync_jax.cli import benchmark, data, dubbing, evaluation, models, training
 from keysync_jax.errors import UserError
 from keysync_jax.extras import needed_for
 
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         evaluation.add_synth_eval,
         evaluation.add_demo,
         models.add_parity,
+        benchmark.add_bench,
     ):
         add(commands)
     return parser
