@@ -56,7 +56,7 @@ def stage_config(kind: StageKind, unet: UNetConfig) -> ConfigDict:
         guidance=GuidanceConfig(audio=2.0, identity=1.5),
         batch_size=32,
         steps=5000,
-        dtype="fp32",
+        dtype="tf32",
         remat="none",
     )
     return ConfigDict(to_dict(config))

@@ -28,7 +28,7 @@ VAE = VAEConfig(
 
 
 def get_config() -> ConfigDict:
-    """Steps of 32 frames in fp32, from random weights."""
+    """Steps of 32 frames, from random weights."""
     config = VAETrainConfig(
         vae=VAE,
         crop_size=CROP,
@@ -47,5 +47,6 @@ def get_config() -> ConfigDict:
         log=LogConfig(every=50),
         batch_size=32,
         steps=10_000,
+        dtype="tf32",
     )
     return ConfigDict(to_dict(config))

@@ -1,6 +1,7 @@
 """`keysync convert`: from PyTorch checkpoints to a model directory."""
 
 import dataclasses
+import logging
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from keysync_jax.config import MaskKind, ModelConfig, SpeechConfig, SpeechKind, StageConfig, StageKind
+from keysync_jax.convert import released
 from keysync_jax.convert.containers import Container, Tensors, open_tensors
+from keysync_jax.convert.decoder import Choice, choose
+from keysync_jax.convert.sources import gather
 from keysync_jax.convert.speech import (
     speech_config_from_microsoft,
     speech_config_from_transformers,
@@ -19,9 +23,12 @@ from keysync_jax.convert.table import Table
 from keysync_jax.convert.unet import stage_config, stage_table
 from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table, is_engine_layout, vae_config
 from keysync_jax.errors import UserError
-from keysync_jax.files import check_new_folder, sha256_of
+from keysync_jax.files import check_new_folder
+from keysync_jax.hub import Say
 from keysync_jax.model import Progress, components, maker, save_model
 from keysync_jax.nn.functional import shapes
+
+log = logging.getLogger(__name__)
 
 RELEASED: dict[str, SpeechKind] = {"keyframe_dub.pt": "hubert", "interpolation_dub.pt": "wavlm"}
 """Files of the release and the encoder each was trained on, which nothing in them tells."""
@@ -29,10 +36,10 @@ RELEASED: dict[str, SpeechKind] = {"keyframe_dub.pt": "hubert", "interpolation_d
 
 @dataclass(frozen=True)
 class AudioSource:
-    """An audio encoder as the user names it: its kind and its checkpoint (file or folder)."""
+    """An audio encoder as the user names it: its kind, and its checkpoint as in `Checkpoints`."""
 
     kind: SpeechKind
-    path: Path
+    path: str | Path
 
     @classmethod
     def parse(cls, text: str) -> "AudioSource":
@@ -48,17 +55,35 @@ class AudioSource:
             raise UserError(
                 f"{text!r} does not name an audio encoder; write KIND=PATH with KIND one of {kinds}"
             )
-        return cls(typing.cast(SpeechKind, kind), Path(path))
+        return cls(typing.cast(SpeechKind, kind), path)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a model is converted from."""
+    """What a model is converted from: files or folders, or files on the hub (`hub:OWNER/NAME[@REV]/FILE`)."""
 
-    keyframe: Path
-    interpolation: Path
-    vae: Path
+    keyframe: str | Path
+    interpolation: str | Path
+    vae: str | Path
     audio: Mapping[StageKind, AudioSource]
+
+    @classmethod
+    def released(cls) -> "Checkpoints":
+        """The files of the PyTorch release on the hub, as `convert.released` pins them."""
+        return cls(
+            str(released.KEYFRAME.address),
+            str(released.INTERPOLATION.address),
+            str(released.VAE.address),
+            {
+                "keyframe": AudioSource("hubert", str(released.HUBERT.address)),
+                "interpolation": AudioSource("wavlm", str(released.WAVLM.address)),
+            },
+        )
+
+    def inputs(self) -> dict[str, str | Path]:
+        """Component -> what it is converted from."""
+        stages = {"keyframe": self.keyframe, "interpolation": self.interpolation, "vae": self.vae}
+        return stages | _encoder_paths(self.audio)
 
 
 def convert(
@@ -67,30 +92,35 @@ def convert(
     head_dim: int = 64,
     mask: MaskKind = "box",
     progress: Progress | None = None,
+    *,
+    decoder: Choice = "stage",
+    allow_download: bool = False,
+    say: Say = log.info,
 ) -> ModelConfig:
     """Converts two stages, a VAE and their audio encoders to a model directory.
 
-    Every tensor is accounted for before anything is written; dtypes are kept.
+    Every tensor is accounted for before anything is written; dtypes are kept. A decoder that a stage's
+    checkpoint carries is compared with the VAE's. The release decodes with the interpolation stage's, so that
+    one becomes the model's where the two differ.
 
     Args:
-      checkpoints: files or folders in any layout that `convert.containers` reads.
+      checkpoints: in any layout that `convert.containers` reads.
       output: the model directory, must not exist yet.
       head_dim: width of an attention head, which no checkpoint tells; 64 at full size.
       mask: strategy that the weights were trained with.
       progress: is told of bytes written.
+      decoder: "vae" takes the VAE's decoder whatever the stages carry.
+      allow_download: fetch what is on the hub and not in its client's cache.
+      say: is told, a line each, of files to fetch and of the decoders.
 
     Raises:
-      UserError: a file cannot be read, a tensor is missing, surplus or misshapen, parts do not fit.
+      UserError: a file cannot be had or read, a tensor is missing, surplus or misshapen, parts do not fit.
     """
     output = Path(output)
     check_new_folder(output)
-    opened = {
-        "keyframe": checkpoints.keyframe,
-        "interpolation": checkpoints.interpolation,
-        "vae": checkpoints.vae,
-    }
-    opened |= _encoder_paths(checkpoints.audio)
-    tensors = {component: open_tensors(path) for component, path in opened.items()}
+    _check_encoders(checkpoints)
+    sources = gather(checkpoints.inputs(), allow_download, say)
+    tensors = {component: open_tensors(source.path) for component, source in sources.items()}
     keyframe, interpolation = _stages(checkpoints, tensors, head_dim)
     config = ModelConfig(
         keyframe,
@@ -100,15 +130,23 @@ def convert(
             c.removeprefix("audio_"): _speech_config(c, tensors[c]) for c in tensors if c.startswith("audio_")
         },
         mask=mask,
-        provenance={component: _provenance(path) for component, path in opened.items()},
+        provenance={component: source.provenance() for component, source in sources.items()},
     )
     converted = {c: _converted(config, c, tensors[c]) for c in components(config)}
+    chosen = choose(config.vae, converted["vae"], tensors["keyframe"], tensors["interpolation"], decoder)
+    converted["vae"] |= chosen.weights
+    if chosen.said:
+        say(f"decoder: {chosen.said}")
+        origins = config.provenance
+        config = dataclasses.replace(
+            config, provenance=origins | {"vae": f"{origins['vae']}; decoder: {chosen.said}"}
+        )
     save_model(output, config, converted, progress)
     return config
 
 
-def _encoder_paths(audio: Mapping[StageKind, AudioSource]) -> dict[str, Path]:
-    paths: dict[str, Path] = {}
+def _encoder_paths(audio: Mapping[StageKind, AudioSource]) -> dict[str, str | Path]:
+    paths: dict[str, str | Path] = {}
     for source in audio.values():
         if paths.setdefault(f"audio_{source.kind}", source.path) != source.path:
             raise UserError(
@@ -117,18 +155,25 @@ def _encoder_paths(audio: Mapping[StageKind, AudioSource]) -> dict[str, Path]:
     return paths
 
 
-def _stages(
-    checkpoints: Checkpoints, tensors: Mapping[str, Tensors], head_dim: int
-) -> tuple[StageConfig, StageConfig]:
-    def config(kind: StageKind, path: Path) -> StageConfig:
+def _check_encoders(checkpoints: Checkpoints) -> None:
+    """Refuses a file of the release with an encoder that it was not trained on."""
+    stages: dict[StageKind, str | Path] = {"keyframe": checkpoints.keyframe}
+    stages["interpolation"] = checkpoints.interpolation
+    for kind, path in stages.items():
         encoder = checkpoints.audio[kind].kind
-        trained_on = RELEASED.get(path.name, encoder)
+        trained_on = RELEASED.get(Path(path).name, encoder)
         if trained_on != encoder:
             raise UserError(
                 f"{path}: the released weights of this name were trained on {trained_on} features, "
                 f"not {encoder} (rename the file if these are your own)"
             )
-        return stage_config(kind, tensors[kind], encoder, head_dim, str(path))
+
+
+def _stages(
+    checkpoints: Checkpoints, tensors: Mapping[str, Tensors], head_dim: int
+) -> tuple[StageConfig, StageConfig]:
+    def config(kind: StageKind, path: str | Path) -> StageConfig:
+        return stage_config(kind, tensors[kind], checkpoints.audio[kind].kind, head_dim, str(path))
 
     between = config("interpolation", checkpoints.interpolation)
     keys = config("keyframe", checkpoints.keyframe)
@@ -168,7 +213,3 @@ def _table(
         assert isinstance(encoder, SpeechConfig)
         return speech_table(encoder, tensors.keys())
     return stage_table(config.keyframe if component == "keyframe" else config.interpolation, wanted)
-
-
-def _provenance(path: Path) -> str:
-    return f"{path.name} sha256:{sha256_of(path)}" if path.is_file() else path.name

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for
 from keysync_jax.tensorfile import TensorFile
 
 WRAPPER_PREFIX = "_forward_module."
@@ -113,6 +114,8 @@ class Tensors(Mapping[str, np.ndarray]):
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
     """Opens a checkpoint: a `.safetensors`, `.bin`, `.ckpt`, `.pt` or `.pth` file, or a model's folder.
 
+    A file named as transformers names weights, with a `config.json` beside it, is that folder with this file.
+
     Raises:
       UserError: it cannot be read, is truncated, is none of these containers, holds no tensors or one
         twice, or is a pickle of more than tensors and plain values (or torch is missing to read it).
@@ -121,7 +124,30 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
     if path.is_dir():
         return _open_folder(path)
     container, tensors, config = _read_file(path)
+    if is_transformers_file(path) and path.with_name("config.json").is_file():
+        container, config = Container.TRANSFORMERS, _read_json(path.with_name("config.json"))
     return Tensors(path, container, [tensors], config)
+
+
+def is_transformers_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is named as transformers names a model's weights, whose sizes are in another file."""
+    return os.path.basename(path) in _WEIGHTS[Container.TRANSFORMERS]
+
+
+def check_can_read(path: str | os.PathLike[str]) -> None:
+    """Refuses a pickle where torch, which reads them, is not installed; the file need not be there yet.
+
+    Raises:
+      UserError: so it is.
+    """
+    if os.path.splitext(path)[1] in _PICKLE_SUFFIXES:
+        _import_torch(path)
+
+
+def _import_torch(path: str | os.PathLike[str]) -> Any:
+    with needed_for(f"{path}: reading it"):
+        import torch
+    return torch
 
 
 def _read_file(path: Path) -> tuple[Container, Mapping[str, Any], Mapping[str, Any]]:
@@ -193,10 +219,7 @@ def _load_pickle(path: Path) -> Any:
             raise UserError(f"{path}: the file is empty")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: reading it needs torch, pip install 'keysync_jax[convert]'") from error
+    torch = _import_torch(path)
     try:
         # DeepSpeed states carry the launcher's arguments as a Namespace, which only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -208,7 +231,8 @@ def _load_pickle(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise UserError(
                 f"{path}: refused, the pickle needs {refused[1]}, and only tensors and plain values are read "
-                "from pickles (if you trust the file, save its tensors alone)"
+                "from pickles (if you trust the file, save its tensors alone, as safetensors; "
+                "those of the release's stages are its entry 'module')"
             ) from error
         raise UserError(f"{path}: not a PyTorch file, or truncated or damaged") from error
 
@@ -260,10 +284,8 @@ def write_deepspeed(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
       UserError: torch is not installed.
     """
-    try:
+    with needed_for(f"{path}: writing it"):
         import torch
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}: writing it needs torch, pip install 'keysync_jax[convert]'") from error
 
     def converted(x: np.ndarray) -> Any:
         # torch takes no bfloat16 from numpy.

@@ -83,7 +83,7 @@ def _write_diffusers(model: Model, folder: Path) -> None:
         inner = {p.removeprefix("unet."): s for p, s in wanted.items() if p.startswith("unet.")}
         unet = {p: params[f"unet.{p}"] for p in inner}
         target = folder / kind / "unet"
-        _write_folder(target, diffusers_unet_table(config.unet, inner).to_torch(unet), _unet_config(config))
+        _write_folder(target, diffusers_unet_table(config.unet, inner).to_torch(unet), unet_config(config))
         rows = [r for r in stage_table(config, wanted).rows if not r.path.startswith("unet.")]
         write_tensors(folder / kind / "keysync.safetensors", Table(rows).to_torch(params))
     _write_diffusers_vae(model, folder / "vae")
@@ -97,7 +97,7 @@ def _write_diffusers_vae(model: Model, folder: Path) -> None:
         dtype = tensors["encoder.conv_out.weight"].dtype
         tensors["quant_conv.weight"] = np.eye(moments, dtype=dtype)[:, :, None, None]
         tensors["quant_conv.bias"] = np.zeros(moments, dtype)
-    _write_folder(folder, tensors, _vae_config(config))
+    _write_folder(folder, tensors, vae_config(config))
 
 
 def _write_folder(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
@@ -106,7 +106,8 @@ def _write_folder(folder: Path, tensors: Tensors, config: dict[str, Any]) -> Non
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
 
 
-def _unet_config(stage: StageConfig) -> dict[str, Any]:
+def unet_config(stage: StageConfig) -> dict[str, Any]:
+    """`config.json` of diffusers' `UNetSpatioTemporalConditionModel` for a stage's U-Net."""
     unet: UNetConfig = stage.unet
     levels = range(len(unet.block_out_channels))
     down = [
@@ -132,7 +133,8 @@ def _unet_config(stage: StageConfig) -> dict[str, Any]:
     }
 
 
-def _vae_config(vae: VAEConfig) -> dict[str, Any]:
+def vae_config(vae: VAEConfig) -> dict[str, Any]:
+    """`config.json` of diffusers' `AutoencoderKLTemporalDecoder`."""
     return {
         "_class_name": "AutoencoderKLTemporalDecoder",
         "in_channels": 3,

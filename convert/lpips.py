@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from keysync_jax.config import Dtype
 from keysync_jax.convert.containers import Tensors, open_tensors
 from keysync_jax.convert.table import CONV1X1, CONV2D, Table, affine
 from keysync_jax.errors import UserError
@@ -14,13 +15,13 @@ from keysync_jax.nn.lpips import LPIPS, TRUNKS, LPIPSConfig, TrunkKind
 from keysync_jax.typing import Array
 
 
-def load_lpips(trunk: str | Path, heads: str | Path, dtype: str = "fp32") -> Network:
+def load_lpips(trunk: str | Path, heads: str | Path, dtype: Dtype = "fp32") -> Network:
     """Loads LPIPS onto the default device.
 
     Args:
       trunk: state dict of torchvision's `vgg16` or `alexnet`, in any container that `open_tensors` reads.
       heads: the file of the `lpips` package for that trunk, `weights/v0.1/vgg.pth` or `alex.pth`.
-      dtype: "fp32" or "bf16", of the trunk's computation. Parameters are fp32.
+      dtype: of the trunk's computation. Parameters are fp32.
 
     Raises:
       UserError: a file cannot be read, a tensor is missing, surplus or of another shape (so the files
@@ -28,13 +29,18 @@ def load_lpips(trunk: str | Path, heads: str | Path, dtype: str = "fp32") -> Net
     """
     classifier, learned = open_tensors(trunk), open_tensors(heads)
     config = lpips_config(classifier)
-    graphdef, abstract = shapes(lambda rngs: LPIPS(config, dtype=DTYPES[dtype], rngs=rngs))
+    graphdef, abstract = lpips_shapes(config, dtype)
     params: dict[str, Array] = {}
     for table, tensors in ((trunk_table(config), classifier), (heads_table(config), learned)):
         wanted = {row.path: abstract[row.path].shape for row in table.rows}
         params |= table.to_jax(tensors, wanted, str(tensors.path), _place)
     _check_sign(learned)
     return Network(graphdef, params)
+
+
+def lpips_shapes(config: LPIPSConfig, dtype: Dtype = "fp32") -> Network:
+    """The network of these sizes, from shapes alone."""
+    return Network(*shapes(lambda rngs: LPIPS(config, dtype=DTYPES[dtype], rngs=rngs)))
 
 
 def lpips_config(trunk: Tensors) -> LPIPSConfig:

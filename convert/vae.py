@@ -97,6 +97,17 @@ def engine_vae_table(config: VAEConfig, shapes: Shapes) -> Table:
     return Table(list(rows), ignore=(rf"(?!{re.escape(ENGINE_PREFIX)})",))
 
 
+def engine_decoder_table(config: VAEConfig, shapes: Shapes) -> Table:
+    """The decoder that a stage's checkpoint carries, in the engine's layout; its other tensors are ignored.
+
+    Args:
+      shapes: path -> shape of the decoder's parameters in a whole VAE (`decoder.*`).
+    """
+    prefix = f"{ENGINE_PREFIX}decoder."
+    rows = present(list(under(prefix, "decoder.", _decoder(config, CONV1X1))), shapes)
+    return Table(rows, ignore=(rf"(?!{re.escape(prefix)})",))
+
+
 def diffusers_vae_table(config: VAEConfig, shapes: Shapes) -> Table:
     """Diffusers' layout (`AutoencoderKLTemporalDecoder`)."""
     rows = _rows(config, shapes, LINEAR)

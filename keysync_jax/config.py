@@ -19,6 +19,10 @@ SpeechKind = Literal["hubert", "wav2vec2", "wavlm"]
 EncoderKind = Literal[SpeechKind, "logmel"]
 StageKind = Literal["keyframe", "interpolation"]
 MaskKind = Literal["box", "full", "heart", "mouth"]
+Dtype = Literal["fp32", "tf32", "bf16"]
+"""What a network computes in. fp32: full precision on every device. tf32: fp32 numbers, of which an
+accelerator may round those that enter a product (to TF32 on NVIDIA's; a TPU splits them into three bf16
+parts). bf16: matrices and activations in bf16, at the precision of the device."""
 Remat = Literal["none", "block", "layer"]
 """What a backward pass computes again instead of keeping it: nothing; the inside of each resnet and
 transformer; that, and of each layer of a transformer once more (least memory, one more forward pass)."""

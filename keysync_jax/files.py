@@ -107,6 +107,27 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+@contextmanager
+def continued(path: Path, suffix: str, busy: str) -> Iterator[Path]:
+    """A file beside `path` that a writer who was broken off has begun, or an empty one.
+
+    It takes the name `path` when the block ends without an error, and stays for the next writer on an error.
+
+    Args:
+      suffix: what its name has after that of `path`.
+      busy: sentence for when another process writes it.
+
+    Raises:
+      UserError: `busy`.
+      OSError: it cannot be made or renamed.
+    """
+    partial = path.with_name(path.name + suffix)
+    with locked(partial.with_name(f".{partial.name}.lock"), busy):
+        partial.touch()
+        yield partial
+        put(partial, path)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file's bytes."""
     with replacing(target) as partial:
@@ -382,6 +403,19 @@ def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:
     except (FileNotFoundError, NotADirectoryError):
         return ()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def git_blob_of(path: Path) -> str:
+    """What git calls a file's bytes (SHA-1, hex); for small files.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def fingerprint(content: Any) -> str:

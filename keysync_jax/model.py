@@ -36,7 +36,8 @@ from keysync_jax.typing import Params
 
 FORMAT = "keysync-model-1"
 
-DTYPES: dict[str, Any] = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+DTYPES: dict[str, Any] = {"fp32": jnp.float32, "tf32": jnp.float32, "bf16": jnp.bfloat16}
+"""Dtype of the arrays of a network, by `config.Dtype`."""
 
 DEFAULT = Path(__file__).parent / "models" / "tiny"
 """The embedded model: small, trained in the synthetic world (docs/default_model.md)."""
@@ -110,8 +111,9 @@ class Model:
 
         Args:
           component: one of `components(config)`.
-          dtype: "fp32" or "bf16", of the computation. In bf16 the matrices are held in bf16 too; norms,
-            biases and mixing factors stay fp32, so the result is that of casting at each use.
+          dtype: of the computation, whose precision is the caller's to set (`backend.computing`). In bf16 the
+            matrices are held in bf16 too; norms, biases and mixing factors stay fp32, so the result is that
+            of casting at each use.
 
         Raises:
           UserError: the file has changed since the model was opened.

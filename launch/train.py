@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("--devices goes with --dry-run; a run takes all devices that are here")
     workdir = _local_folder(arguments.workdir)
     join_hosts(arguments.multihost, arguments.coordinator, arguments.processes, arguments.process)
+    _keep_compiled(workdir)
     from keysync_jax.train.loop import train
 
     outcome = train(config, workdir)
@@ -51,6 +52,16 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return 128 + outcome.signal
+
+
+def _keep_compiled(workdir: Path) -> None:
+    """A resumed run compiles nothing. Several hosts share what process 0 compiled, in the run's folder."""
+    import jax
+
+    from keysync_jax.backend import keep_compiled
+    from keysync_jax.media.assets import cache_folder
+
+    keep_compiled((workdir if jax.process_count() > 1 else cache_folder()) / "compiled")
 
 
 def _local_folder(workdir: str | None) -> Path:

@@ -1,12 +1,14 @@
 """Places of the test data, the reasons for which a test is skipped, and a store of compiled programs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
 from keysync_jax.convert.checkpoint import Checkpoints, convert
+from tests.hub import StandIn, stand_in
 from tests.tiny_model import HEAD_DIM, write_checkpoints
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,3 +47,25 @@ def tiny_model(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("model") / "tiny"
     convert(checkpoints, folder, head_dim=HEAD_DIM)
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """A stand-in of the hub, to which its client speaks; the client's cache and token are in `tmp_path`."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with stand_in() as state:
+        template = state.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": state.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_OFFLINE": False,
+            # Pieces in which a file arrives; a piece that is not whole is lost with the connection.
+            "DOWNLOAD_CHUNK_SIZE": 1000,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+        yield state

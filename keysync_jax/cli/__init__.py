@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from keysync_jax import __version__
-from keysync_jax.cli import data, dubbing, evaluation, models, training
+from keysync_jax.cli import benchmark, data, dubbing, evaluation, models, training
 from keysync_jax.cli.stopping import Stopped, stopping_in_order
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for
 from keysync_jax.files import FULL_DISK
 
 
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        return int(arguments.run(arguments))
+        with needed_for(f"keysync {arguments.command}"):
+            return int(arguments.run(arguments))
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt as error:
@@ -65,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     """Every subcommand sets `run(arguments) -> exit code`, `resumable` and `less_memory` (advice)."""
     parser = argparse.ArgumentParser(prog="keysync", description="Audio-driven lip synchronisation in JAX.")
     parser.add_argument("--version", action="version", version=f"keysync_jax {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         models.add_convert,
         dubbing.add_dub,
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         evaluation.add_synth_eval,
         evaluation.add_demo,
         models.add_parity,
+        benchmark.add_bench,
     ):
         add(commands)
     return parser

@@ -1,7 +1,6 @@
 """What the subcommands share."""
 
 import argparse
-import os
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -10,6 +9,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs on disk, so that the next run compiles nothing."""
+    from keysync_jax.backend import keep_compiled
     from keysync_jax.media.assets import cache_folder
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "compiled"))
+    keep_compiled(cache_folder() / "compiled")

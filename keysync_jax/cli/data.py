@@ -39,7 +39,9 @@ def add_prepare(commands: Commands) -> None:
         "--latents", choices=("posterior", "sample"), default="posterior", help="what to store"
     )
     parser.add_argument("--seed", type=int, default=0, help="of stored samples (default 0)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the VAE (default fp32)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "tf32", "bf16"), default="fp32", help="of the VAE (default fp32)"
+    )
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
     )

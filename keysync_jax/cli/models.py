@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands
+from keysync_jax.cli.common import Commands, keep_compiled_programs
 from keysync_jax.errors import UserError
 
 
@@ -106,6 +106,7 @@ def add_parity(commands: Commands) -> None:
 
 
 def _parity(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
     from keysync_jax.parity.compare import compare, report
 
     held = report(compare(arguments.golden, arguments.dtype), write=lambda line: print(line, flush=True))

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands
+from keysync_jax.cli.common import Commands, keep_compiled_programs
 
 
 def add_train(commands: Commands) -> None:
@@ -43,10 +43,12 @@ def add_init(commands: Commands) -> None:
 
 
 def _init(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
     from keysync_jax.train.config_file import load_stage_config
-    from keysync_jax.train.new_model import new_model
 
     stages = (load_stage_config(arguments.keyframe), load_stage_config(arguments.interpolation))
+    from keysync_jax.train.new_model import new_model
+
     new_model(arguments.vae, *stages, arguments.output, arguments.average, arguments.stages)
     print(f"wrote {arguments.output}; its stages are not trained yet")
     return 0

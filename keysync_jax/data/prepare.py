@@ -18,7 +18,8 @@ from typing import Protocol, get_args
 import av
 import numpy as np
 
-from keysync_jax.config import EncoderKind, VAEConfig, encoder_name, from_dict
+from keysync_jax.backend import computing
+from keysync_jax.config import Dtype, EncoderKind, VAEConfig, encoder_name, from_dict
 from keysync_jax.data.faces import Faces, Task, cut_all, read_crops, reason_of
 from keysync_jax.data.parts import Done, Part, Skipped, Work, key_of, open_work, remove_work, write_part
 from keysync_jax.data.precomputed import feature_dims, latents_of, read_pixels, read_precomputed
@@ -68,7 +69,7 @@ class PrepareSettings:
       allow_download: fetch a detector's model file from its official address.
       latents: store the posterior, from which training samples anew, or one sample of it.
       seed: of stored samples.
-      dtype: "fp32" or "bf16", of the VAE's computation.
+      dtype: "fp32", "tf32" or "bf16", of the VAE's computation; audio features are fp32.
       workers: processes that decode and look for faces; 0: this one. The dataset does not depend on it.
       shard_mib: size at which a shard is full; a clip is never split.
       crop: side of the crop of a dataset for training a VAE: frames and landmarks alone, without a model.
@@ -81,7 +82,7 @@ class PrepareSettings:
     allow_download: bool = False
     latents: LatentKind = "posterior"
     seed: int = 0
-    dtype: str = "fp32"
+    dtype: Dtype = "fp32"
     workers: int = 0
     shard_mib: int = 512
     crop: int | None = None
@@ -96,7 +97,7 @@ class PrepareSettings:
         if self.latents not in ("posterior", "sample"):
             raise UserError(f"the latents are stored as posterior or sample, not {self.latents}")
         if self.dtype not in DTYPES:
-            raise UserError(f"the dtype is fp32 or bf16, not {self.dtype}")
+            raise UserError(f"the dtype is one of {', '.join(DTYPES)}, not {self.dtype}")
         if self.seed < 0:
             raise UserError(f"the seed is 0 or more, not {self.seed}")
         if self.workers < 0:
@@ -182,7 +183,7 @@ def prepare(
         maker = _FromVideos(clips, settings, model)
     if os.path.isfile(output / MANIFEST):  # Not Path.is_file, which fails in a folder without permission.
         return _complete_already(output, maker.stored, clips)
-    with open_work(output, maker.stored, settings.shard_mib * MIB) as work:
+    with open_work(output, maker.stored, settings.shard_mib * MIB) as work, computing(settings.dtype):
         if work.planned:
             return _finish(*work.plan(clips), work, phases)
         done, skipped = _make_parts(clips, maker, work, phases)

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from keysync_jax.backend import computing
 from keysync_jax.files import fingerprint
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
 from keysync_jax.media.masks import mouth_region
@@ -166,8 +167,9 @@ class Pair:
     def reconstructed(self, model: Model) -> np.ndarray:
         """The source's crops through the VAE alone, uint8."""
         vae, size = model.load("vae"), model.config.crop_size
-        latents = np.concatenate(list(encode_frames(vae, self.crops(self.original, size))))
-        return np.rint(decode_latents(vae, latents)).astype(np.uint8)
+        with computing("fp32"):
+            latents = np.concatenate(list(encode_frames(vae, self.crops(self.original, size))))
+            return np.rint(decode_latents(vae, latents)).astype(np.uint8)
 
 
 def clips_digest() -> str:

@@ -16,6 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for, require
 from keysync_jax.files import sha256_of
 from keysync_jax.media.assets import ASSETS, resolve_asset
 from keysync_jax.media.landmarks import Detector
@@ -42,6 +43,8 @@ def make_detector(name: str, model: Path | None = None, allow_download: bool = F
     takes no `model`.
     """
     if name == "mediapipe":
+        with needed_for("the mediapipe detector"):
+            require("mediapipe")  # Before its model is looked for, or fetched.
         return MediaPipeDetector(resolve_asset("face_landmarker", model, allow_download))
     if name == "face_alignment":
         if model is not None:
@@ -78,19 +81,14 @@ class MediaPipeDetector:
     """
 
     def __init__(self, model: Path) -> None:
-        try:
-            with _quiet_native_stderr():
-                import mediapipe as mp
-                from mediapipe.tasks.python import BaseOptions
-                from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
-        except ImportError as error:
-            raise UserError(
-                "the mediapipe detector needs the package mediapipe (>= 1.2); install it"
-            ) from error
+        with _loading("mediapipe"), _quiet_native_stderr():
+            import mediapipe as mp
+            from mediapipe.tasks.python import BaseOptions
+            from mediapipe.tasks.python.vision import FaceLandmarker, FaceLandmarkerOptions
         self._mp = mp
         options = FaceLandmarkerOptions(BaseOptions(model_asset_path=str(model)), num_faces=MAX_FACES)
         try:
-            with _quiet_native_stderr():
+            with _loading("mediapipe"), _quiet_native_stderr():
                 self._landmarker = FaceLandmarker.create_from_options(options)
                 self._faces(np.zeros((128, 128, 3), np.uint8))
         except (RuntimeError, ValueError) as error:
@@ -174,17 +172,27 @@ def _quiet_native_stderr() -> Iterator[None]:
         os.close(terminal)
 
 
+@contextmanager
+def _loading(detector: str) -> Iterator[None]:
+    """The sentence for a package that is not installed, or whose native libraries are not there."""
+    try:
+        with needed_for(f"the {detector} detector"):
+            yield
+    except ImportError as error:
+        raise UserError(f"the package {detector} cannot be loaded: {error}") from error
+    except OSError as error:
+        if error.errno is not None:  # Only what ctypes raises for a library has none.
+            raise
+        raise UserError(f"the package {detector} cannot be loaded: {error}") from error
+
+
 class FaceAlignmentDetector:
     """The face-alignment package: S3FD finds the faces, 2DFAN-4 the landmarks of the largest one."""
 
     def __init__(self, allow_download: bool = False, device: str | None = None) -> None:
-        try:
+        with _loading("face_alignment"):
             import face_alignment
             import torch
-        except ImportError as error:
-            raise UserError(
-                "the face_alignment detector needs the package face-alignment (>= 1.4); install it"
-            ) from error
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         for name in _face_alignment_weights(face_alignment):
             resolve_asset(name, allow_download=allow_download, folder=folder)

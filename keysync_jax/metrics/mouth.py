@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from keysync_jax.backend import computing
 from keysync_jax.errors import UserError
 from keysync_jax.nn import functional as F
 from keysync_jax.tensorfile import TensorFile
@@ -115,7 +116,8 @@ class MouthReader:
 
     def read_patches(self, patches: np.ndarray) -> Mouths:
         """Measure the mouths in patches uint8 `[T, 48, 48, 3]`, as `cut_patch` gives them."""
-        outputs = [np.asarray(self._network(self._params, batch)) for batch in _batches(patches)]
+        with computing("fp32"):
+            outputs = [np.asarray(self._network(self._params, batch)) for batch in _batches(patches)]
         opening, width, mar = np.concatenate(outputs)[: len(patches)].T
         return Mouths(np.maximum(mar, 0), np.maximum(opening, 0), width)
 

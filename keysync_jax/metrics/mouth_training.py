@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from keysync_jax.backend import computing
 from keysync_jax.media.crop import crop_frame, crop_track
 from keysync_jax.media.timeline import FPS
 from keysync_jax.media.video import read_frames
@@ -163,7 +164,10 @@ def train(examples: Examples, seed: int, steps: int) -> Params:
     state, key = optimizer.init(params), jax.random.key(seed)
     for step, batch in enumerate(_shuffled(len(examples.patches), steps, seed)):
         noise = jax.random.fold_in(key, step)
-        params, state, loss = update(params, state, examples.patches[batch], examples.targets[batch], noise)
+        with computing("fp32"):
+            params, state, loss = update(
+                params, state, examples.patches[batch], examples.targets[batch], noise
+            )
         if step % 200 == 0 or step == steps - 1:
             print(f"step {step}: mean absolute error {float(loss):.4f} standard deviations", flush=True)
     return params

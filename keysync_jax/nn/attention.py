@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: one function, the kernel chosen by backend and size.
+"""Scaled dot-product attention: one function, the kernel chosen by platform and size.
 
 | where | tokens | kernel |
 |---|---|---|
@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from keysync_jax.backend import batch_shards, platform
 from keysync_jax.typing import Array
 
 LONG = 1024
@@ -47,9 +48,9 @@ _xla = partial(jax.nn.dot_product_attention, implementation="xla")
 
 
 def _queries_at_once(query: Array, key: Array) -> int:
-    """The largest divisor of N whose scores fit; the batch is taken to be split over all devices."""
+    """The largest divisor of N whose scores fit in what each device of the batch may hold."""
     batch, n, heads, _ = query.shape
-    most = MAX_SCORE_BYTES * jax.device_count() // (4 * batch * heads * key.shape[1])
+    most = MAX_SCORE_BYTES * batch_shards() // (4 * batch * heads * key.shape[1])
     return max(size for size in range(1, n + 1) if n % size == 0 and size <= max(most, 1))
 
 
@@ -57,4 +58,4 @@ def _flash(query: Array, key: Array) -> bool:
     """Whether cuDNN has a kernel for this call and it pays."""
     long = min(query.shape[1], key.shape[1]) >= LONG
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and long and half and query.shape[-1] <= 128
+    return platform() == "gpu" and long and half and query.shape[-1] <= 128

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from keysync_jax.config import StageKind
+from keysync_jax.backend import computing
+from keysync_jax.config import Dtype, StageKind
 from keysync_jax.convert.unet import stage_table
 from keysync_jax.convert.vae import engine_vae_table
 from keysync_jax.diffusion import loss as losses
@@ -68,12 +69,12 @@ class Comparison:
         return self.relative <= self.bound  # False for a NaN
 
 
-def compare(prefix: str | Path, dtype: str = "fp32") -> Iterator[Comparison]:
+def compare(prefix: str | Path, dtype: Dtype = "fp32") -> Iterator[Comparison]:
     """Runs every entry of a golden file, network after network.
 
     Args:
       prefix: path without `.manifest.json` and `.safetensors`.
-      dtype: "fp32" or "bf16", of the computation; matrix products in fp32 take full precision.
+      dtype: "fp32" or "bf16", of the computation, as `dub` and `train` compute in it.
 
     Raises:
       UserError: a file is missing or an entry is none that this program knows.
@@ -91,7 +92,7 @@ def compare(prefix: str | Path, dtype: str = "fp32") -> Iterator[Comparison]:
     for name in (n for n, entries in known.items() if entries):
         run = runners[name]()
         for entry in known[name]:
-            with jax.default_matmul_precision("highest"):
+            with computing(dtype):
                 ours = np.asarray(run(entry.partition("/")[2]), np.float32)
             bound = BOUNDS[dtype][_kind(entry)]
             if dtype == "bf16" and _kind(entry) == "grad" and ours.size == 1:

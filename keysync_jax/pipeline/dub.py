@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from keysync_jax.config import ModelConfig, StageKind
+from keysync_jax.backend import computing
+from keysync_jax.config import Dtype, ModelConfig, StageKind
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
@@ -64,7 +65,7 @@ class DubSettings:
     occluder: Path | None = None
     steps: int | None = None
     seed: int = 0
-    dtype: str | None = None
+    dtype: Dtype | None = None
     quality: int = 16
     windows_per_call: int = 1
 
@@ -79,7 +80,7 @@ class DubSettings:
             raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
 
     @property
-    def compute_dtype(self) -> str:
+    def compute_dtype(self) -> Dtype:
         return self.dtype or ("fp32" if jax.default_backend() == "cpu" else "bf16")
 
 
@@ -189,11 +190,9 @@ def dub(
         settings.windows_per_call,
         model.config.vae.scale_factor,
     )
-    # On accelerators fp32 products are rounded to fewer bits unless told otherwise.
-    precision = "highest" if settings.compute_dtype == "fp32" else None
     with (
         Workspace(output, _fingerprint(source, model, settings, sampling)) as work,
-        jax.default_matmul_precision(precision),
+        computing(settings.compute_dtype),
     ):
         landmarks, present = _landmarks(source, settings, given, work, phases)
         geometry = _geometry(source, model.config, landmarks, present, occluder, phases)

@@ -14,9 +14,11 @@ from keysync_jax.errors import UserError
 from keysync_jax.files import fingerprint, sha256_of
 
 DUB_CODE = (
+    "backend",
     "config",
     "diffusion",
     "errors",
+    "extras",
     "files",
     "media",
     "model",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from keysync_jax.config import (
+    Dtype,
     EncoderKind,
     GuidanceConfig,
     MaskKind,
@@ -242,7 +243,7 @@ class TrainConfig:
     batch_size: int = 32
     steps: int = 60_000
     seed: int = 0
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    dtype: Dtype = "bf16"
     remat: Remat = "block"
 
     def __post_init__(self) -> None:
@@ -312,7 +313,7 @@ class VAETrainConfig:
     batch_size: int = 16
     steps: int = 10_000
     seed: int = 0
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Dtype = "fp32"
     remat: Remat = "none"
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from keysync_jax.config import nearest
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, train_config_from
 
 OVERRIDE = "--config."
@@ -60,7 +61,8 @@ def _module(path: Path) -> ModuleType:
         raise UserError(f"{path}: a config is a Python file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with needed_for(f"{path}"):
+            spec.loader.exec_module(module)
     except (SyntaxError, ImportError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     return module

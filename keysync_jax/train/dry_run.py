@@ -12,7 +12,7 @@ from keysync_jax.train.autoencoder import make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes, step_flops, vae_step_flops
 from keysync_jax.train.sharding import batch_sharding, bytes_per_device, make_mesh, shardings
-from keysync_jax.train.start import load_perceptual, vae_shapes
+from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
 from keysync_jax.typing import Params
 
@@ -136,7 +136,7 @@ def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
 def _stage_work(config: TrainConfig) -> _Work:
     graphdef, params = shapes(make_stage(config))
     vae = vae_shapes(config) if config.loss.pixel != "none" else None
-    perceptual = load_perceptual(config)
+    perceptual = perceptual_shapes(config)
     networks = {"VAE": vae, "LPIPS": perceptual}
     aids: dict[str, Params] = {name: n.params for name, n in networks.items() if n is not None}
     flops = step_flops(config, graphdef, params, vae, perceptual)

@@ -165,13 +165,21 @@ def _equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
 
 
 def _scan(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
-    body, consts, carries = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"], eqn.params["num_carry"]
+    (body,) = _inner(eqn)
+    # JAX 0.11 calls the numbers of constants and carries otherwise than 0.10, so both are counted here.
+    carries = len(body.outvars) - _with_more_axes(eqn.outvars, body.outvars)
+    consts = len(body.invars) - _with_more_axes(eqn.invars, body.invars) - carries
     while True:
         count, results = training_flops(body, needed)
         carry = [a or b for a, b in zip(needed[consts:], results[:carries], strict=False)]
         if carry == needed[consts : consts + carries]:
             return count * eqn.params["length"], results
         needed = [*needed[:consts], *carry, *needed[consts + carries :]]
+
+
+def _with_more_axes(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many of a scan's variables have an axis, that of its steps, which its body's have not."""
+    return sum(len(x.aval.shape) > len(y.aval.shape) for x, y in zip(outer, inner, strict=True))
 
 
 def _inner(eqn: Any) -> Iterator[Jaxpr]:

@@ -18,9 +18,12 @@ from tqdm import tqdm
 
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
+from keysync_jax.extras import require
 from keysync_jax.files import write_text
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.typing import Frames
+
+require("tensorboardX")  # It imports torch where that is installed: seconds, so not here.
 
 PREVIEW_FPS = 25
 PREVIEW_ROWS = 256

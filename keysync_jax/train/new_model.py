@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keysync_jax.backend import computing
 from keysync_jax.config import LogMelConfig, ModelConfig
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
@@ -119,7 +120,8 @@ def latent_std(config: VAETrainConfig, weights: Weights) -> np.ndarray:
     samples = FrameSamples(config, [Dataset(path) for path in config.data.paths])
     frames = (samples(number).frame for number in range(min(SAMPLES, config.steps * config.batch_size)))
     graphdef, _ = shapes(lambda rngs: VAE(config.vae, rngs=rngs))
-    means = [posterior.mean for posterior in encode_posterior(Network(graphdef, weights), frames)]
+    with computing("fp32"):
+        means = [posterior.mean for posterior in encode_posterior(Network(graphdef, weights), frames)]
     return np.concatenate(means).std(axis=(0, 1, 2))
 
 

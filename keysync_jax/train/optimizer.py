@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from keysync_jax.errors import UserError
 from keysync_jax.train.config import OptimizerConfig
+from keysync_jax.train.muon import scale_by_muon
 from keysync_jax.typing import Array, Params
 
 
@@ -59,80 +58,43 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     def rate(update: Array) -> Array:
         return learning_rate(config, update)
 
-    adam = {"b1": config.b1, "b2": config.b2}
     if config.kind == "muon":
-        # Updates of a root mean square of 0.2, about AdamW's (Liu et al., 2025), so that one rate fits both.
-        step = optax.contrib.muon(
-            rate,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=_matrices,
-            **{f"adam_{name}": value for name, value in adam.items()},
-        )
-        step = _stacked(step)
+        step = _muon(config, rate)
     else:
-        step = optax.adamw(rate, eps=config.eps, weight_decay=config.weight_decay, **adam)
+        step = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), step) if config.clip else step
     if config.accumulate > 1:
         return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
     return optimizer
 
 
-def _stacked(step: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same step, which sees kernels of one size as a stack and everything else as one vector.
+def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for the kernels, AdamW with Nesterov's momentum for the rest."""
+    steps = {
+        "kernels": optax.chain(
+            scale_by_muon(config.eps),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        ),
+        "rest": optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=0.0, nesterov=True),
+    }
 
-    A network has some hundreds of kernels of some dozen sizes: orthogonalised a stack at a time they compile
-    several times faster, and a GPU is given large operations instead of many small ones.
-    """
+    def split(params: Params) -> dict[str, dict[str, Array]]:
+        kernels = {path: x for path, x in params.items() if path.endswith(".kernel")}
+        return {"kernels": kernels, "rest": {path: x for path, x in params.items() if path not in kernels}}
 
-    def init(params: Params) -> optax.OptState:
-        return step.init(_stack(params))
+    def init(params: Params) -> dict[str, optax.OptState]:
+        return {name: steps[name].init(part) for name, part in split(params).items()}
 
     def update(
-        updates: Params, state: optax.OptState, params: Params | None = None
-    ) -> tuple[Params, optax.OptState]:
-        stacked, state = step.update(_stack(updates), state, None if params is None else _stack(params))
-        return _unstack(stacked, updates), state
+        updates: Params, state: dict[str, optax.OptState], params: Params
+    ) -> tuple[dict[str, Array], dict[str, optax.OptState]]:
+        parts, held = split(updates), split(params)
+        done = {name: steps[name].update(parts[name], state[name], held[name]) for name in steps}
+        moved = {path: x for part, _ in done.values() for path, x in part.items()}
+        return {path: moved[path] for path in updates}, {name: kept for name, (_, kept) in done.items()}
 
     return optax.GradientTransformation(init, update)
-
-
-_REST = "rest"
-
-
-def _stacks(params: Params) -> dict[str, list[str]]:
-    """Name of a stack -> paths of what is in it. A kernel is a matrix: inputs (and places) by outputs."""
-    stacks: dict[str, list[str]] = {}
-    for path, x in params.items():
-        name = f"{x.size // x.shape[-1]} x {x.shape[-1]}" if path.endswith(".kernel") else _REST
-        stacks.setdefault(name, []).append(path)
-    return stacks
-
-
-def _stack(params: Params) -> dict[str, Array]:
-    stacked = {}
-    for name, paths in _stacks(params).items():
-        if name == _REST:
-            stacked[name] = jnp.concatenate([params[path].reshape(-1) for path in paths])
-        else:
-            stacked[name] = jnp.stack([params[path].reshape(-1, params[path].shape[-1]) for path in paths])
-    return stacked
-
-
-def _unstack(stacked: Params, like: Params) -> dict[str, Array]:
-    parts: dict[str, Array] = {}
-    for name, paths in _stacks(like).items():
-        edges = np.cumsum([like[path].size for path in paths])[:-1]
-        flat = jnp.split(stacked[name], edges) if name == _REST else stacked[name]
-        parts |= {path: flat[n].reshape(like[path].shape) for n, path in enumerate(paths)}
-    return {path: parts[path] for path in like}
-
-
-def _matrices(stacks: Params) -> dict[str, Any]:
-    """Which axes of each stack are a matrix's rows and columns; None for what is no matrix."""
-    dims = optax.contrib.MuonDimensionNumbers
-    return {name: None if name == _REST else dims(1, 2) for name in stacks}
 
 
 def moving_average(config: OptimizerConfig, ema: Params, params: Params, moved: Array) -> dict[str, Array]:

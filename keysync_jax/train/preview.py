@@ -1,5 +1,6 @@
 """A clip of the first dataset, sampled while training: input, mask, output and truth side by side."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from keysync_jax.pipeline.sampling import Windows, guidance_of, sample_windows
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.data import latent_masks, starts, stride_of
 from keysync_jax.train.step import TrainState
-from keysync_jax.typing import Frames
+from keysync_jax.typing import Array, Frames
 
 _GREY = 127
 
@@ -68,8 +69,7 @@ class Preview:
         sigmas = jnp.asarray(align_your_steps(), jnp.float32)
         guidance = guidance_of(self.config.guidance)
         sampled = sample_windows(graphdef, {**trained, **state.frozen}, self._windows, guidance, sigmas)
-        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(sampled)
-        return np.asarray(whole)[0]
+        return np.asarray(_on_all(sampled, NamedSharding(mesh, PartitionSpec())))[0]
 
     def picture(self, latents: np.ndarray) -> Frames:
         """Input, mask, output, truth side by side: uint8 RGB `[T, S, 4 S, 3]`.
@@ -85,6 +85,12 @@ class Preview:
         hidden = np.where(mask, np.uint8(_GREY), truth)
         shown = np.broadcast_to(mask * np.uint8(255), truth.shape)
         return np.concatenate([hidden, shown, output, truth], axis=2)
+
+
+@partial(jax.jit, static_argnames="everywhere")
+def _on_all(x: Array, everywhere: NamedSharding) -> Array:
+    """Copies of an array on every device, so that each process can read it."""
+    return jax.lax.with_sharding_constraint(x, everywhere)
 
 
 def _levels(frames: Any) -> Frames:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, KeyPath
 
+from keysync_jax.backend import tracing_for
 from keysync_jax.errors import UserError
 from keysync_jax.train.config import AnyTrainConfig, MeshConfig
 from keysync_jax.train.step import Metrics, TrainState, init_state
@@ -188,8 +189,13 @@ def _jitted(mesh: Mesh, step: AnyStep, state: TrainState) -> tuple[Any, Any]:
     """The jitted `step.apply`, and the shardings of its judging networks."""
     placed = shardings(mesh, step.config.mesh, state)
     aids = shardings(mesh, step.config.mesh, step.aids)
+
+    def apply(state: TrainState, aids: dict[str, Params], batch: Any) -> tuple[TrainState, Metrics]:
+        with tracing_for(mesh):
+            return step.apply(state, aids, batch)
+
     jitted = jax.jit(
-        step.apply,
+        apply,
         in_shardings=(placed, aids, batch_sharding(mesh)),
         out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,

@@ -12,13 +12,14 @@ import numpy as np
 
 from keysync_jax.config import StageConfig, VAEConfig, to_dict
 from keysync_jax.convert.containers import Tensors, open_tensors
-from keysync_jax.convert.lpips import load_lpips
+from keysync_jax.convert.lpips import load_lpips, lpips_config, lpips_shapes
 from keysync_jax.convert.table import Row, Table, under
 from keysync_jax.convert.unet import UNET_PREFIX, diffusers_key, unet_rows
 from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table, is_engine_layout, vae_config
 from keysync_jax.errors import UserError
 from keysync_jax.model import DTYPES, Network, open_model
 from keysync_jax.nn.functional import shapes
+from keysync_jax.nn.lpips import LPIPSConfig
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
 from keysync_jax.tensorfile import TensorFile
@@ -84,6 +85,18 @@ def vae_shapes(config: TrainConfig) -> Network:
         lambda rngs: VAE(config.vae, dtype=DTYPES[config.dtype], remat=config.remat, rngs=rngs)
     )
     return Network(graphdef, {path: _held(config, leaf) for path, leaf in wanted.items()})
+
+
+def perceptual_shapes(config: TrainConfig) -> Network | None:
+    """The same LPIPS from shapes alone: that of the trunk's file where one is given, else VGG16's.
+
+    Raises:
+      UserError: the trunk's file cannot be read.
+    """
+    if config.loss.pixel != "lpips":
+        return None
+    trunk = config.init.lpips_trunk
+    return lpips_shapes(lpips_config(open_tensors(trunk)) if trunk else LPIPSConfig(), config.dtype)
 
 
 def _held(config: TrainConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

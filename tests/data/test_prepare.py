@@ -263,7 +263,7 @@ def remux_with_delay(source: Path, target: Path, seconds: float) -> None:
     [
         ({"landmarks": "eyes"}, "there is no landmark detector eyes"),
         ({"latents": "mean"}, "stored as posterior or sample, not mean"),
-        ({"dtype": "fp16"}, "the dtype is fp32 or bf16, not fp16"),
+        ({"dtype": "fp16"}, "the dtype is one of fp32, tf32, bf16, not fp16"),
         ({"seed": -1}, "the seed is 0 or more, not -1"),
         ({"workers": -1}, "the number of workers is 0 or more"),
         ({"shard_mib": 0}, "at least 1 MiB"),

@@ -240,7 +240,7 @@ def test_face_alignment_never_fetches_by_itself(
     with pytest.raises(UserError, match="not known here"):
         FaceAlignmentDetector()
     monkeypatch.setitem(sys.modules, "face_alignment", None)
-    with pytest.raises(UserError, match="needs the package face-alignment"):
+    with pytest.raises(UserError, match=r"needs face_alignment.*pip install 'keysync_jax\[face-alignment\]'"):
         FaceAlignmentDetector()
 
 

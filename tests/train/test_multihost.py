@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.train.test_sharding import CPU_FLAGS
+from tests.train.tiny_training import CPU_FLAGS
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,5 +1,12 @@
 """The Muon optimizer: kernels are orthogonalised as matrices, everything else moves as NAdamW moves it."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +73,51 @@ def test_kernels_in_a_stack_move_as_they_would_alone() -> None:
         alone = {path: at[path]}
         update = optimizer.update({path: gradient[path]}, optimizer.init(alone), alone)[0]
         np.testing.assert_allclose(together[path], update[path], atol=1e-3 * RATE)
+
+
+def test_three_updates_are_optaxs() -> None:
+    def matrices(params: Any) -> Any:
+        whole = {2: optax.contrib.MuonDimensionNumbers(), 4: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)}
+        return {path: whole[x.ndim] if path.endswith(".kernel") else None for path, x in params.items()}
+
+    ours = make_optimizer(config("muon", weight_decay=0.1))
+    theirs = optax.contrib.muon(
+        RATE, weight_decay=0.1, consistent_rms=0.2, muon_weight_dimension_numbers=matrices
+    )
+    found = []
+    for optimizer in (ours, theirs):
+        rng, at, state = np.random.default_rng(3), params(), optimizer.init(params())
+        for _ in range(3):
+            gradient = {
+                path: jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for path, x in at.items()
+            }
+            updates, state = optimizer.update(gradient, state, at)
+            at = optax.apply_updates(at, updates)
+        found.append(at)
+    for path, x in found[0].items():
+        np.testing.assert_allclose(x, found[1][path], atol=2e-3 * RATE)
+
+
+def test_on_a_mesh_the_state_lies_as_the_parameters_and_no_stack_is_gathered() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.muon_worker", "1,8", "2,4", "8,1"],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    whole = found["1,1"]["state"]
+    for mesh, parts in (("1,8", 8), ("2,4", 4), ("8,1", 1)):
+        moved = found[mesh]["collectives"]
+        # The rules name kernels: biases, and what 8 does not divide, are whole on every device.
+        assert found[mesh]["state"] < 1.1 * whole / parts
+        assert found[mesh]["off"] < 1e-6
+        assert "all-gather" not in moved
+        # There and back, a device is given its part; small stacks are filled up to one matrix a device.
+        assert moved.get("all-to-all", 0) < (4 * whole / parts if parts > 1 else 1)
+        assert moved["all-reduce"] < 0.01 * whole
 
 
 def test_decay_pulls_kernels_towards_nought() -> None:

@@ -26,10 +26,9 @@ from keysync_jax.train.sharding import (
     spec,
 )
 from keysync_jax.train.step import init_state, make_stage
-from tests.train.tiny_training import train_config
+from tests.train.tiny_training import CPU_FLAGS, train_config
 
 MESHES = ("1,1", "8,1", "2,4", "1,8")
-CPU_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def fake(data: int, fsdp: int) -> Any:

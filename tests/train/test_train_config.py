@@ -210,9 +210,18 @@ def test_dry_run_of_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--config", "configs/vae_tiny.py", "--dry-run", "--devices", "4"]
     assert main([*argv, "--config.mesh.fsdp=2"]) == 0
     table = capsys.readouterr().out
-    assert "VAE               128 pixels to 16 x 16 x 8, fp32, remat none" in table
+    assert "VAE               128 pixels to 16 x 16 x 8, tf32, remat none" in table
     assert "data 2 x fsdp 2 = 4 devices, 32 frames a step" in table
     assert f"trainable {count:,}, frozen 0" in table
+
+
+def test_dry_run_of_lpips_needs_no_weights() -> None:
+    plan = dry_run(load("loss.pixel=lpips"))
+    parts = {p.name: p for p in plan.parts}
+    # torchvision's VGG16 without its classifier has 14,714,688 parameters, the heads 1,472 weights.
+    assert parts["LPIPS"].bytes_whole == 4 * (14_714_688 + 64 + 128 + 256 + 512 + 512)
+    with pytest.raises(UserError, match="trunk"):
+        dry_run(load("loss.pixel=lpips", "init.lpips_trunk=no_trunk.pth"))
 
 
 def test_dry_run_of_a_mesh_that_does_not_fit() -> None:

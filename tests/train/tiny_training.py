@@ -17,8 +17,12 @@ from keysync_jax.train.flops import batch_shapes
 from keysync_jax.train.step import Step, make_stage, make_step
 
 WIDTH = 64
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK_COMPILATION: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Options of jit for functions that are compiled for longer than they run."""
+if jax.__version_info__ < (0, 11, 1):  # Later ones have no other emitters.
+    QUICK_COMPILATION["xla_cpu_use_fusion_emitters"] = False
+CPU_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK_COMPILATION.items())
+"""The same as XLA_FLAGS, for processes that tests start."""
 
 VAE_SIZES = VAEConfig(block_out_channels=(32,), layers_per_block=1)
 
