@@ -20,6 +20,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from keysync_jax.errors import UserError
+from keysync_jax.media.container import open_container
 from keysync_jax.media.timeline import FPS
 
 RATE = 16_000
@@ -40,12 +41,7 @@ class AudioInfo:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, AudioStream]]:
-    try:
-        container = av.open(str(path))
-    except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the audio {path}: {reason}") from error
-    with container:
+    with open_container(path, "audio") as container:
         streams = [s for s in container.streams.audio if s.codec_context]
         if not streams:
             raise UserError(f"{path} has no audio stream; give a file with sound")

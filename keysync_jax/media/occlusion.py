@@ -24,7 +24,7 @@ def load_occluder(path: Path, frames: int, height: int, width: int) -> np.ndarra
     except KeyError:
         raise UserError(f"{path}: holds no array 'occluder'") from None
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: masks of an occluder cannot be read ({error})") from None
+        raise UserError(f"{path}: masks of an occluder cannot be read ({error})") from error
     if masks.shape != (frames, height, width) or masks.dtype.kind not in "bui":
         raise UserError(
             f"{path}: holds {masks.dtype} {list(masks.shape)}, the video's masks are whole numbers "

@@ -21,6 +21,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from av.video.stream import VideoStream
 
 from keysync_jax.errors import UserError
+from keysync_jax.media.container import open_container
 from keysync_jax.media.timeline import FPS, Timeline, nearest_items
 
 log = logging.getLogger(__name__)
@@ -120,12 +121,7 @@ def frame_colour(frame: VideoFrame) -> Colour:
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and its first video stream (cover pictures aside), or raise UserError."""
-    try:
-        container = av.open(str(path))
-    except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the video {path}: {reason}") from error
-    with container:
+    with open_container(path, "video") as container:
         cover = Disposition.attached_pic
         streams = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
         if not streams:

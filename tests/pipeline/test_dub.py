@@ -261,6 +261,8 @@ def test_windows_per_call_do_not_change_the_result(
 
 BAD = {
     "unreadable video": ({"video": "text.mp4"}, "text.mp4"),
+    "script that leads to a video": ({"video": "script.mp4"}, "no media file"),
+    "script that leads to a voice": ({"audio": "script.mp4"}, "no media file"),
     "missing video": ({"video": "nowhere.mp4"}, "nowhere.mp4"),
     "video without a picture": ({"video": "voice.wav"}, "no video stream"),
     "unreadable voice": ({"audio": "text.mp4"}, "text.mp4"),
@@ -295,6 +297,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     changes, sentence = BAD[case]
     folder = Path(shutil.copytree(clip, tmp_path / "inputs"))
     (folder / "text.mp4").write_text("not a video")
+    (folder / "script.mp4").write_text("ffconcat version 1.0\nfile video.mp4\n")
     (folder / "folder.mp4").mkdir()
     write_voice(folder / "empty.wav", 0)
     (folder / "empty.mp4").write_bytes(without_pictures((folder / "video.mp4").read_bytes()))
