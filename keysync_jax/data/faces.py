@@ -98,12 +98,12 @@ def _cut(task: Task) -> Faces:
     clip = task.clip
     info = probe_video(clip.path)
     wave = _sound(clip.path)
-    found = _landmarks(task)
+    found = _landmarks(task, info.aspect)
     frames = min(len(found), frames_of(len(wave)))
     if frames < task.shortest:
         raise UserError(f"{clip.path}: has {frames} frames with sound, a sample needs {task.shortest}")
     landmarks, present = bridge(found[:frames])
-    boxes = crop_track(landmarks, present, info.height, info.width)
+    boxes = crop_track(landmarks, present, info.height, info.width, info.aspect)
     with RecordWriter(task.crops) as writer:
         for frame, box in zip(islice(read_frames(clip.path), frames), boxes, strict=True):
             crop = crop_frame(frame, box, task.size)
@@ -129,7 +129,7 @@ def _sound(path: Path) -> np.ndarray:
     return wave
 
 
-def _landmarks(task: Task) -> np.ndarray:
+def _landmarks(task: Task, aspect: Fraction) -> np.ndarray:
     """Landmarks of every frame in its own pixels, NaN without a face: `[T, 68, 2]`."""
     clip = task.clip
     if clip.landmarks is not None:
@@ -137,7 +137,7 @@ def _landmarks(task: Task) -> np.ndarray:
         return load_landmarks(clip.landmarks, len(timeline), timeline)
     # A detector follows one face, so each clip gets its own.
     with closing(make_detector(task.detector, task.detector_model)) as detector:
-        return detect_all(read_frames(clip.path), detector)
+        return detect_all(read_frames(clip.path), detector, aspect=aspect)
 
 
 def read_crops(path: Path) -> Iterator[np.ndarray]:

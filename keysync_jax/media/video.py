@@ -39,6 +39,10 @@ ROUNDING = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.F
 """Without the two flags swscale truncates, and every pass darkens the picture by more than one level."""
 
 
+WIDEST_PIXEL = 4
+"""Width over height of the widest pixels that are believed, and height over width of the highest."""
+
+
 @dataclass(frozen=True)
 class Colour:
     """What the samples mean, as code points of ISO/IEC 23091-2 (the numbers in a video stream's headers)."""
@@ -181,7 +185,7 @@ def probe_video(path: Path) -> VideoInfo:
             raise undecodable(path)
         geometry = Geometry.of(frame)
         sideways = geometry.turns % 2 == 1
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        aspect = _aspect(path, stream)
         return VideoInfo(
             width=frame.height if sideways else frame.width,
             height=frame.width if sideways else frame.height,
@@ -193,6 +197,15 @@ def probe_video(path: Path) -> VideoInfo:
             colour=frame_colour(frame),
             aspect=1 / aspect if sideways else aspect,
         )
+
+
+def _aspect(path: Path, stream: VideoStream) -> Fraction:
+    """Width of a stored pixel over its height."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    if 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
+        return aspect
+    log.warning("%s: its pixels cannot be %s times as wide as high; they are taken as square", path, aspect)
+    return Fraction(1)
 
 
 def read_frames(path: Path, fps: int | Fraction = FPS) -> Iterator[np.ndarray]:

@@ -246,13 +246,13 @@ def _geometry(
             found = _landmarks(source, settings, advance)
             save_landmarks(stored, found)
     landmarks, present = bridge(found)
-    boxes = crop_track(landmarks, present, source.info.height, source.info.width)
+    info = source.info
+    boxes = crop_track(landmarks, present, info.height, info.width, info.aspect)
     cropped = landmarks_in_crop(landmarks, boxes, MASK_SIZE)
     size = model.config.keyframe.latent_size
     # One by one: the full-size masks of a long clip together would take gigabytes.
     masks = [to_latent(make_mask(points[None], model.config.mask), size)[0] for points in cropped]
     if settings.occluder is not None:
-        info = source.info
         objects = load_occluder(settings.occluder, len(source.timeline), info.height, info.width)
         masks = [
             exclude(mask, occluded_cells(frame, box, size))
@@ -266,7 +266,8 @@ def _landmarks(source: Source, settings: DubSettings, advance: Advance) -> np.nd
     if settings.landmarks in DETECTORS:
         chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
         with closing(make_detector(*chosen)) as detector:
-            return detect_all(islice(read_frames(source.video), source.used), detector, advance)
+            frames = islice(read_frames(source.video), source.used)
+            return detect_all(frames, detector, advance, source.info.aspect)
     found = load_landmarks(Path(settings.landmarks), len(source.timeline), source.timeline)
     advance(source.used)
     return found[: source.used]

@@ -20,6 +20,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.media.composite import pasted_region
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import source_index
+from keysync_jax.media.video import probe_video
 from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import open_model
 from keysync_jax.pipeline import dub as dub_module
@@ -131,6 +132,25 @@ def test_what_lies_before_the_face_is_left_alone(
         np.testing.assert_array_equal(mask, before * free)
         assert mask.any()
     assert_untouched_outside(captured, clip / "video.mp4", 28, FRAMES)
+
+
+@pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(16, 11)], ids=str)
+def test_anamorphic_video_keeps_its_pixels(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aspect: Fraction
+) -> None:
+    """The crop shows a square of the scene; the output has the source's size, aspect and other pixels."""
+    video, output = tmp_path / "video.mp4", tmp_path / "out.mp4"
+    with VideoWriter(video, 96, 80, aspect=aspect) as writer:
+        for frame in pingpong_frames(clip / "video.mp4", FRAMES):
+            writer.write(frame)
+    captured = Captured(monkeypatch)
+    dub(video, clip / "voice.wav", output, tiny_model, settings(clip))
+    width, height = (captured.geometry.boxes[:, 2:] - captured.geometry.boxes[:, :2]).T
+    assert (np.abs(width * float(aspect) - height) <= float(aspect)).all()
+    assert (width < height).all()
+    assert_untouched_outside(captured, video, 28, FRAMES)
+    info = probe_video(output)
+    assert (info.width, info.height, info.aspect) == (96, 80, aspect)
 
 
 def test_a_longer_voice_compiles_nothing_new_and_plays_the_video_to_and_fro(
