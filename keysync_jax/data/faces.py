@@ -16,7 +16,6 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 
@@ -24,12 +23,13 @@ from keysync_jax.data.records import RecordReader, RecordWriter, decode_frame
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
-from keysync_jax.media.audio import RATE, frames_of, read_audio
+from keysync_jax.media.audio import RATE, frames_of
 from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
 from keysync_jax.media.detectors import make_detector
 from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks
-from keysync_jax.media.timeline import FPS
-from keysync_jax.media.video import open_video, probe_video, read_frames, scan_timeline
+from keysync_jax.media.soundtrack import read_soundtrack
+from keysync_jax.media.timeline import FPS, Timeline
+from keysync_jax.media.video import probe_video, read_frames, scan_timeline
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +97,14 @@ def reason_of(error: Exception, clip: Clip) -> str:
 def _cut(task: Task) -> Faces:
     clip = task.clip
     info = probe_video(clip.path)
-    wave = _sound(clip.path)
-    found = _landmarks(task)
+    timeline = scan_timeline(clip.path)
+    wave = _sound(clip.path, timeline)
+    found = _landmarks(task, timeline, info.aspect)
     frames = min(len(found), frames_of(len(wave)))
     if frames < task.shortest:
         raise UserError(f"{clip.path}: has {frames} frames with sound, a sample needs {task.shortest}")
     landmarks, present = bridge(found[:frames])
-    boxes = crop_track(landmarks, present, info.height, info.width)
+    boxes = crop_track(landmarks, present, info.height, info.width, info.aspect)
     with RecordWriter(task.crops) as writer:
         for frame, box in zip(islice(read_frames(clip.path), frames), boxes, strict=True):
             crop = crop_frame(frame, box, task.size)
@@ -115,29 +116,22 @@ def _cut(task: Task) -> Faces:
     return Faces(cropped, present, wave[: frames * RATE // FPS], sha256_of(clip.path))
 
 
-def _sound(path: Path) -> np.ndarray:
+def _sound(path: Path, timeline: Timeline) -> np.ndarray:
     """The clip's sound from its first frame on: float32 mono `[samples]` at 16 kHz."""
-    wave = read_audio(path)
-    with open_video(path) as (container, stream):
-        picture, file = stream.start_time, container.start_time
-        late = Fraction(0)
-        if picture is not None and file is not None and stream.time_base is not None:
-            late = picture * stream.time_base - Fraction(file, av.time_base)
-    wave = wave[max(0, round(late * RATE)) :]
+    wave = read_soundtrack(path, timeline)
     if not wave.any():
         raise UserError(f"{path}: its sound is silent throughout")
     return wave
 
 
-def _landmarks(task: Task) -> np.ndarray:
+def _landmarks(task: Task, timeline: Timeline, aspect: Fraction) -> np.ndarray:
     """Landmarks of every frame in its own pixels, NaN without a face: `[T, 68, 2]`."""
     clip = task.clip
     if clip.landmarks is not None:
-        timeline = scan_timeline(clip.path)
         return load_landmarks(clip.landmarks, len(timeline), timeline)
     # A detector follows one face, so each clip gets its own.
     with closing(make_detector(task.detector, task.detector_model)) as detector:
-        return detect_all(read_frames(clip.path), detector)
+        return detect_all(read_frames(clip.path), detector, aspect=aspect)
 
 
 def read_crops(path: Path) -> Iterator[np.ndarray]:

@@ -21,7 +21,7 @@ GAP = 4
 def paste_weights(
     mask: np.ndarray, box: np.ndarray, frame_shape: tuple[int, ...], feather: int = FEATHER
 ) -> np.ndarray:
-    """Share of the generated crop in each pixel of `box`: float32 `[side, side]` in [0, 1].
+    """Share of the generated crop in each pixel of `box`: float32 `[y1 - y0, x1 - x0]` in [0, 1].
 
     1 inside the mask, falling smoothly to 0 over `feather` pixels (of a 512 crop) outside of it and towards
     the crop's edges. mask: `[M, M]`, 1 = generated, at any resolution (grown by nearest);
@@ -62,7 +62,7 @@ def paste(
     x0, y0, x1, y1 = (int(v) for v in box)
     size = generated.shape[0]
     weights = paste_weights(mask, box, frame.shape, feather)[..., None]
-    method = cv2.INTER_AREA if 2 * (x1 - x0) < size else cv2.INTER_CUBIC
+    method = cv2.INTER_AREA if 2 * min(x1 - x0, y1 - y0) < size else cv2.INTER_CUBIC
     face = cv2.resize(generated, (x1 - x0, y1 - y0), interpolation=method).astype(np.float32)
     result = frame.copy()
     source = frame[y0:y1, x0:x1].astype(np.float32)

@@ -162,8 +162,8 @@ def _tiles(length: int, side: int) -> list[int]:
 def _quiet_native_stderr() -> Iterator[None]:
     """Keep the chatter of native code off the terminal; what goes wrong is raised as an exception."""
     sys.stderr.flush()
-    terminal = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
+        terminal = os.dup(2)
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

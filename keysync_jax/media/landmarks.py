@@ -5,6 +5,7 @@ Landmarks are float32 `[T, 68, 2]`, (x, y) in pixels of the upright frame, in th
 """
 
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ import numpy as np
 
 from keysync_jax.errors import UserError
 from keysync_jax.files import replacing
+from keysync_jax.media.crop import square_pixels
 from keysync_jax.media.timeline import FPS, Timeline
 
 POINTS = 68
@@ -67,15 +69,22 @@ def save_landmarks(path: Path, landmarks: np.ndarray) -> None:
 
 
 def detect_all(
-    frames: Iterable[np.ndarray], detector: Detector, progress: Callable[[int], object] | None = None
+    frames: Iterable[np.ndarray],
+    detector: Detector,
+    progress: Callable[[int], object] | None = None,
+    aspect: Fraction | float = 1,
 ) -> np.ndarray:
     """Landmarks of a stream of uint8 RGB frames: float32 `[T, 68, 2]`, NaN where no face is found.
 
-    `progress` is called with 1 after each frame.
+    `progress` is called with 1 after each frame. `aspect` is the width of the frames' pixels over their
+    height: the detector sees square ones, the landmarks are in the frames' own.
     """
     rows: list[np.ndarray] = []
     for frame in frames:
-        found = detector.detect(frame)
+        shown = square_pixels(frame, aspect)
+        found = detector.detect(shown)
+        if found is not None and shown is not frame:
+            found = (found / shown.shape[1::-1] * frame.shape[1::-1]).astype(np.float32)
         rows.append(np.full((POINTS, 2), np.nan, np.float32) if found is None else found)
         if progress is not None:
             progress(1)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import islice, repeat
+from itertools import dropwhile, islice, repeat
 from pathlib import Path
 
 import numpy as np
 
+from keysync_jax.media.deinterlace import deinterlaced
 from keysync_jax.media.timeline import FPS, Timeline
 from keysync_jax.media.video import Geometry, decode_frames, open_video, read_frames, scan_timeline
 
@@ -50,11 +51,14 @@ def read_range(path: Path, timeline: Timeline, start: int, stop: int) -> list[np
     """Frames `start` to `stop` (exclusive) of `video.read_frames`, by seeking; a list of uint8 `[H, W, 3]`.
 
     Decoding starts at the key frame before the range. Where a file's index leads behind it, so that a frame
-    of the range is missing, decoding starts at the beginning of the file: the frames are always exact.
+    of the range is missing, or where timestamps come twice, decoding starts at the beginning of the file: the
+    frames are always exact.
     """
     numbers = timeline.index[start:stop].tolist()
-    first, last = numbers[0], numbers[-1]
-    found = _decode_from_key_frame(path, timeline.pts[first : last + 1])
+    # Deinterlacing looks at the frames beside each.
+    margin = 1 if timeline.interlaced else 0
+    first, last = max(numbers[0] - margin, 0), numbers[-1] + margin
+    found = _decode_from_key_frame(path, timeline.pts[first : last + 1]) if timeline.is_ordered else {}
     kept = {first + offset: frame for offset, frame in found.items()}
     if not kept.keys() >= set(numbers):
         kept = _decode_from_start(path, set(numbers))
@@ -70,11 +74,10 @@ def _decode_from_key_frame(path: Path, pts: tuple[int | None, ...]) -> dict[int,
     with open_video(path) as (container, stream):
         geometry = Geometry.of(next(decode_frames(container, stream)))
         container.seek(pts[0] or 0, stream=stream, backward=True)
-        sound = False
-        for frame in decode_frames(container, stream):
-            # Frames shown before the first key frame may lean on pictures that were never decoded.
-            sound = sound or frame.key_frame
-            if sound and frame.pts in places:
+        # Frames shown before the first key frame may lean on pictures that were never decoded.
+        sound = dropwhile(lambda frame: not frame.key_frame, decode_frames(container, stream))
+        for frame in deinterlaced(sound):
+            if frame.pts in places:
                 found[places[frame.pts]] = _frozen(geometry.upright(frame))
             if frame.pts is not None and frame.pts >= (pts[-1] or 0):
                 break
@@ -83,7 +86,7 @@ def _decode_from_key_frame(path: Path, pts: tuple[int | None, ...]) -> dict[int,
 
 def _decode_from_start(path: Path, numbers: set[int]) -> dict[int, np.ndarray]:
     with open_video(path) as (container, stream):
-        frames = decode_frames(container, stream)
+        frames = deinterlaced(decode_frames(container, stream))
         first = next(frames)
         geometry = Geometry.of(first)
         kept = {0: _frozen(geometry.upright(first))} if 0 in numbers else {}

@@ -21,7 +21,9 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from av.video.stream import VideoStream
 
 from keysync_jax.errors import UserError
-from keysync_jax.media.timeline import FPS, Timeline, nearest_items
+from keysync_jax.media.container import open_container
+from keysync_jax.media.deinterlace import deinterlaced
+from keysync_jax.media.timeline import FPS, Clock, Timeline, nearest_items, report_jumps
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ MATRICES = {
 }
 ROUNDING = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 """Without the two flags swscale truncates, and every pass darkens the picture by more than one level."""
+
+WIDEST_PIXEL = 4
+"""Width over height of the widest pixels that are believed, and height over width of the highest."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,7 @@ def frame_colour(frame: VideoFrame) -> Colour:
 @contextmanager
 def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and its first video stream (cover pictures aside), or raise UserError."""
-    try:
-        container = av.open(str(path))
-    except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the video {path}: {reason}") from error
-    with container:
+    with open_container(path, "video") as container:
         cover = Disposition.attached_pic
         streams = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
         if not streams:
@@ -151,22 +151,22 @@ def decode_frames(container: InputContainer, stream: VideoStream) -> Iterator[Vi
         log.warning("%s: %d damaged video packets are left out", container.name, damaged)
 
 
-def timed(
-    frames: Iterator[VideoFrame], stream: VideoStream
-) -> Iterator[tuple[Fraction, Fraction, tuple[int, VideoFrame]]]:
-    """Pair frames with (time, duration) in seconds and their number in the file.
+def clock_of(stream: VideoStream) -> Clock:
+    """A clock for the frames of a stream from its first one on."""
+    return Clock(1 / Fraction(stream.average_rate or stream.guessed_rate or FPS))
 
-    A frame whose timestamp is missing or does not increase follows its neighbour by one nominal period.
-    """
-    period = 1 / Fraction(stream.average_rate or stream.guessed_rate or FPS)
-    last: Fraction | None = None
+
+def timed(
+    frames: Iterator[VideoFrame], clock: Clock
+) -> Iterator[tuple[Fraction, Fraction, tuple[int, VideoFrame]]]:
+    """Pair frames with (time, duration) in seconds, by the clock, and their number in the file."""
+    duration = Fraction(0)
     for number, frame in enumerate(frames):
-        base = Fraction(frame.time_base or period)
-        time = None if frame.pts is None else frame.pts * base
-        if time is None or (last is not None and time <= last):
-            time = Fraction(0) if last is None else last + period
-        last = time
-        yield time, (frame.duration * base if frame.duration else period), (number, frame)
+        base = Fraction(frame.time_base or clock.period)
+        time = clock.time(None if frame.pts is None else frame.pts * base)
+        duration = frame.duration * base
+        yield time, clock.lasting(duration), (number, frame)
+    clock.end(duration)
 
 
 def undecodable(path: Path) -> UserError:
@@ -185,7 +185,7 @@ def probe_video(path: Path) -> VideoInfo:
             raise undecodable(path)
         geometry = Geometry.of(frame)
         sideways = geometry.turns % 2 == 1
-        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        aspect = _aspect(path, stream)
         return VideoInfo(
             width=frame.height if sideways else frame.width,
             height=frame.width if sideways else frame.height,
@@ -199,6 +199,15 @@ def probe_video(path: Path) -> VideoInfo:
         )
 
 
+def _aspect(path: Path, stream: VideoStream) -> Fraction:
+    """Width of a stored pixel over its height."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    if 1 / WIDEST_PIXEL <= aspect <= WIDEST_PIXEL:
+        return aspect
+    log.warning("%s: its pixels cannot be %s times as wide as high; they are taken as square", path, aspect)
+    return Fraction(1)
+
+
 def read_frames(path: Path, fps: int | Fraction = FPS) -> Iterator[np.ndarray]:
     """Stream a video's frames at a constant rate, by presentation time.
 
@@ -210,7 +219,8 @@ def read_frames(path: Path, fps: int | Fraction = FPS) -> Iterator[np.ndarray]:
     with open_video(path) as (container, stream):
         geometry: Geometry | None = None
         shown, rgb = -1, np.empty(0, np.uint8)
-        for number, frame in nearest_items(timed(decode_frames(container, stream), stream), fps):
+        frames = deinterlaced(decode_frames(container, stream))
+        for number, frame in nearest_items(timed(frames, clock_of(stream)), fps):
             geometry = geometry or Geometry.of(frame)
             if number != shown:
                 shown, rgb = number, geometry.upright(frame)
@@ -224,20 +234,27 @@ def scan_timeline(path: Path, fps: int | Fraction = FPS) -> Timeline:
     """Which source frame each output frame of `read_frames` is.
 
     Takes one decoding pass without colour conversion: headers alone do not tell which frames will decode.
-    Raises UserError as `probe_video` does.
+    Where the timestamps jump a warning names the place. Raises UserError as `probe_video` does.
     """
     pts: list[int | None] = []
+    interlaced = False
 
-    def numbers(container: InputContainer, stream: VideoStream) -> Iterator[tuple[Fraction, Fraction, int]]:
-        for time, duration, (number, frame) in timed(decode_frames(container, stream), stream):
+    def numbers(frames: Iterator[VideoFrame], clock: Clock) -> Iterator[tuple[Fraction, Fraction, int]]:
+        nonlocal interlaced
+        for time, duration, (number, frame) in timed(frames, clock):
             pts.append(frame.pts)
+            interlaced = interlaced or frame.interlaced_frame
             yield time, duration, number
 
     with open_video(path) as (container, stream):
-        index = np.fromiter(nearest_items(numbers(container, stream), fps), np.int64)
+        clock = clock_of(stream)
+        frames = numbers(decode_frames(container, stream), clock)
+        index = np.fromiter(nearest_items(frames, fps), np.int64)
+        start = Fraction(container.start_time or 0, av.time_base)
     if not pts:
         raise undecodable(path)
-    return Timeline(index, tuple(pts))
+    report_jumps(path, "picture", clock.jumps, start)
+    return Timeline(index, tuple(pts), tuple(clock.jumps), interlaced)
 
 
 def count_frames(path: Path, fps: int | Fraction = FPS) -> int:

@@ -269,7 +269,8 @@ def _landmarks(
 def _detected(source: Source, settings: DubSettings, advance: Advance) -> np.ndarray:
     chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
     with closing(make_detector(*chosen)) as detector:
-        return detect_all(islice(read_frames(source.video), source.used), detector, advance)
+        frames = islice(read_frames(source.video), source.used)
+        return detect_all(frames, detector, advance, source.info.aspect)
 
 
 def _geometry(
@@ -281,7 +282,8 @@ def _geometry(
     phases: Phases,
 ) -> Geometry:
     """Crop and mask of every used frame."""
-    boxes = crop_track(landmarks, present, source.info.height, source.info.width)
+    info = source.info
+    boxes = crop_track(landmarks, present, info.height, info.width, info.aspect)
     cropped = landmarks_in_crop(landmarks, boxes, MASK_SIZE)
     size = config.keyframe.latent_size
     # One by one: the full-size masks of a long clip together would take gigabytes.

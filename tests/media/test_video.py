@@ -48,9 +48,11 @@ def write_clip(
     container_format: str | None = None,
     rotation: tuple[float, bool, bool] | None = None,
     base: Fraction = Fraction(1, 90_000),
+    rate: Fraction | None = None,
 ) -> Path:
     """Encode frames (numbered ones by default) with exactly these presentation times."""
-    rate = Fraction(len(times) - 1, 1) / (times[-1] - times[0]) if len(times) > 1 else Fraction(25)
+    if rate is None:
+        rate = Fraction(len(times) - 1, 1) / (times[-1] - times[0]) if len(times) > 1 else Fraction(25)
     pictures = list(frames if frames is not None else map(numbered, range(len(times))))
     with av.open(str(path), "w", format=container_format) as container:
         stream = container.add_stream(codec, rate=rate.limit_denominator(1001), options=options or {})

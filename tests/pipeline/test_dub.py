@@ -22,6 +22,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.media.composite import pasted_region
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import source_index
+from keysync_jax.media.video import probe_video
 from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import Model, open_model
 from keysync_jax.pipeline import dub as dub_module
@@ -196,6 +197,25 @@ def test_a_run_without_a_face_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("aspect", [Fraction(4, 3), Fraction(16, 11)], ids=str)
+def test_anamorphic_video_keeps_its_pixels(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aspect: Fraction
+) -> None:
+    """The crop shows a square of the scene; the output has the source's size, aspect and other pixels."""
+    video, output = tmp_path / "video.mp4", tmp_path / "out.mp4"
+    with VideoWriter(video, 96, 80, aspect=aspect) as writer:
+        for frame in pingpong_frames(clip / "video.mp4", FRAMES):
+            writer.write(frame)
+    captured = Captured(monkeypatch)
+    dub(video, clip / "voice.wav", output, tiny_model, settings(clip))
+    width, height = (captured.geometry.boxes[:, 2:] - captured.geometry.boxes[:, :2]).T
+    assert (np.abs(width * float(aspect) - height) <= float(aspect)).all()
+    assert (width < height).all()
+    assert_untouched_outside(captured, video, 28, FRAMES)
+    info = probe_video(output)
+    assert (info.width, info.height, info.aspect) == (96, 80, aspect)
+
+
 def test_a_longer_voice_compiles_nothing_new_and_plays_the_video_to_and_fro(
     clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +344,8 @@ def test_windows_per_call_do_not_change_the_result(
 
 BAD = {
     "unreadable video": ({"video": "text.mp4"}, "text.mp4"),
+    "script that leads to a video": ({"video": "script.mp4"}, "no media file"),
+    "script that leads to a voice": ({"audio": "script.mp4"}, "no media file"),
     "missing video": ({"video": "nowhere.mp4"}, "nowhere.mp4"),
     "video without a picture": ({"video": "voice.wav"}, "no video stream"),
     "unreadable voice": ({"audio": "text.mp4"}, "text.mp4"),
@@ -358,6 +380,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     changes, sentence = BAD[case]
     folder = Path(shutil.copytree(clip, tmp_path / "inputs"))
     (folder / "text.mp4").write_text("not a video")
+    (folder / "script.mp4").write_text("ffconcat version 1.0\nfile video.mp4\n")
     (folder / "folder.mp4").mkdir()
     write_voice(folder / "empty.wav", 0)
     (folder / "empty.mp4").write_bytes(without_pictures((folder / "video.mp4").read_bytes()))
