@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"the disk is full ({error.filename or 'while writing'})")
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return _fail(f"{error.filename}: {error.strerror}; raise the limit (ulimit -n)")
         if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
             return _fail(f"{error.filename}: {error.strerror}")
         raise
