@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -214,6 +215,21 @@ def test_a_new_models_posterior_is_scaled_with_its_mean(faces: Path, run: Path, 
     plain, scaled = posterior(weights), posterior(normalised(weights, std))
     np.testing.assert_allclose(scaled.mean, plain.mean / std, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scaled.logvar, plain.logvar - 2 * np.log(std), rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_model_measures_its_latents_on_the_data_of_the_run(run: Path, tmp_path: Path) -> None:
+    copied, place = tmp_path / "run", tmp_path / "place"
+    shutil.copytree(run, copied)
+    config = json.loads((copied / "config.json").read_text())
+    place.symlink_to(config["data"]["paths"][0])
+    config["data"]["paths"] = [str(place)]
+    (copied / "config.json").write_text(json.dumps(config))
+    new_model(copied, stage_config("keyframe"), stage_config("interpolation"), tmp_path / "model")
+    place.unlink()
+    write_faces(place, FRAMES - 1)
+    with pytest.raises(UserError, match=r"place: is not the dataset that .*/run was started with"):
+        new_model(copied, stage_config("keyframe"), stage_config("interpolation"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_stages_begin_with_what_fits_of_another_model(run: Path, tmp_path: Path) -> None:
