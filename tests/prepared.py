@@ -1,23 +1,26 @@
 """Small prepared datasets made without a model: every array tells its clip and frame."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
+from keysync_jax.data.arrayrecord import RecordWriter
 from keysync_jax.data.records import (
+    FORMAT,
     ClipInfo,
     Dataset,
     EncoderInfo,
     Manifest,
-    RecordWriter,
+    Record,
     Settings,
     ShardInfo,
     audio_name,
     encode_frame,
-    encode_record,
+    encode_frame_records,
     runs_without,
 )
 from keysync_jax.files import sha256_of
@@ -61,8 +64,20 @@ def shifted_features(plain: np.ndarray, semitones: float) -> np.ndarray:
     return (plain + semitones / 100).astype(np.float32)
 
 
+def write_clip(writer: RecordWriter, manifest: Manifest, frames: Sequence[Record]) -> None:
+    """The records of a clip's frames, group after group."""
+    records = [encode_frame_records(arrays, manifest.groups) for arrays in frames]
+    for group in zip(*records, strict=True):
+        for data in group:
+            writer.write(data)
+
+
 def write_dataset(
-    folder: Path, clips: Sequence[int | np.ndarray], settings: Settings = SETTINGS, number: int = 0
+    folder: Path,
+    clips: Sequence[int | np.ndarray],
+    settings: Settings = SETTINGS,
+    number: int = 0,
+    format: str = FORMAT,
 ) -> Dataset:
     """A dataset of clips with that many frames, or with a bool `[T]` that tells where there is a face.
 
@@ -70,6 +85,7 @@ def write_dataset(
     """
     folder.mkdir()
     infos, shards = [], []
+    manifest = Manifest(settings, (), (), format)
     for start in range(0, len(clips), CLIPS_PER_SHARD):
         path = folder / f"shard-{len(shards):05d}.arrayrecord"
         with RecordWriter(path) as writer:
@@ -80,6 +96,7 @@ def write_dataset(
                     f"clip{i}", f"clip{i}.mp4", "c" * 64, len(present), len(shards), writer.records, gaps
                 )
                 infos.append(info)
+                frames = []
                 for frame in range(len(present)):
                     arrays = record(number + i, frame, settings.latents)
                     arrays |= {
@@ -87,14 +104,11 @@ def write_dataset(
                         for kind in settings.encoders
                         for shift in settings.pitch
                     }
-                    writer.write(encode_record({k: v for k, v in arrays.items() if _wanted(k, settings)}))
+                    frames.append(arrays)
+                write_clip(writer, manifest, frames)
         shards.append(ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path)))
-    Manifest(settings, tuple(shards), tuple(infos)).save(folder)
+    replace(manifest, shards=tuple(shards), clips=tuple(infos)).save(folder)
     return Dataset(folder)
-
-
-def _wanted(name: str, settings: Settings) -> bool:
-    return settings.frames or name != "frame"
 
 
 def train_config(kind: str = "keyframe", data: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:

@@ -4,6 +4,7 @@ Nothing heavy is imported before a subcommand runs, so `keysync --help` is quick
 """
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno in FULL_DISK:
             return _fail(f"the disk is full ({error.filename or 'while writing'})")
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return _fail(f"{error.filename}: {error.strerror}; raise the limit (ulimit -n)")
         if error.filename is not None and error.strerror is not None:
             return _fail(f"{error.filename}: {error.strerror}")
         raise

@@ -19,7 +19,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from keysync_jax.data.records import RecordReader, RecordWriter, decode_frame
+from keysync_jax.data.arrayrecord import RecordReader, RecordWriter
+from keysync_jax.data.records import decode_frame
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of

@@ -3,24 +3,23 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from keysync_jax.config import from_dict, to_dict
+from keysync_jax.data.arrayrecord import RecordReader, RecordWriter
 from keysync_jax.data.records import (
     FORMAT,
     ClipInfo,
     Manifest,
-    RecordReader,
-    RecordWriter,
+    Record,
     Settings,
     ShardInfo,
-    encode_record,
+    encode_frame_records,
+    groups_of,
 )
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
@@ -46,15 +45,20 @@ Skipped = list[tuple[str, str]]
 """(source, reason) each."""
 
 
-def write_part(path: Path, info: ClipInfo, records: Iterable[Mapping[str, np.ndarray]]) -> Part:
-    """Writes the part file of a clip, one record a frame."""
-    size = 0
+def write_part(path: Path, info: ClipInfo, frames: Iterable[Record], settings: Settings) -> Part:
+    """Writes the part file of a clip: the records of one frame after another.
+
+    Args:
+      frames: the arrays of each.
+      settings: of the dataset; they say what a frame has.
+    """
+    groups, size = groups_of(settings), 0
     with RecordWriter(path) as writer:
-        for record in records:
-            data = encode_record(record)
-            writer.write(data)
-            size += len(data)
-        if writer.records != info.frames:
+        for arrays in frames:
+            for data in encode_frame_records(arrays, groups):
+                writer.write(data)
+                size += len(data)
+        if writer.records != info.frames * len(groups):
             raise ValueError(f"{info.name}: {writer.records} records for {info.frames} frames")
     return Part(info, size)
 
@@ -178,6 +182,7 @@ class Work:
     def assemble(self, done: Sequence[Done], progress: Callable[[int], object]) -> Manifest:
         """Parts to shards, as far as an earlier run has not done it; `progress` is told of clips."""
         shards, infos = [], []
+        groups = len(groups_of(self.settings))
         for number, group in enumerate(_grouped(done, self._shard_bytes)):
             entry = self.folder / f"shard-{number:05d}.json"
             if not entry.is_file():
@@ -188,7 +193,7 @@ class Work:
             first = 0
             for _, part in group:
                 infos.append(replace(part.info, shard=number, first=first))
-                first += part.info.frames
+                first += part.info.frames * groups
             progress(len(group))
         return Manifest(self.settings, tuple(shards), tuple(infos))
 
@@ -196,7 +201,7 @@ class Work:
         path = self.output / f"shard-{number:05d}.arrayrecord"
         with RecordWriter(path) as writer:
             for clip, part in group:
-                for data in _part_records(self.records(clip), part.info.frames):
+                for data in _grouped_records(self.records(clip), part.info.frames, self.settings):
                     writer.write(data)
         return ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path))
 
@@ -228,7 +233,9 @@ def _grouped(done: Sequence[Done], shard_bytes: int) -> list[list[Done]]:
     return groups
 
 
-def _part_records(path: Path, frames: int) -> Iterator[bytes]:
-    reader = RecordReader(path)
-    for start in range(0, frames, _RECORDS_AT_ONCE):
-        yield from reader.read(range(start, min(start + _RECORDS_AT_ONCE, frames)))
+def _grouped_records(path: Path, frames: int, settings: Settings) -> Iterator[bytes]:
+    """The records of a part in the order of a shard: those of the first group, then those of the next."""
+    reader, groups = RecordReader(path), len(groups_of(settings))
+    order = [frame * groups + group for group in range(groups) for frame in range(frames)]
+    for start in range(0, len(order), _RECORDS_AT_ONCE):
+        yield from reader.read(order[start : start + _RECORDS_AT_ONCE])

@@ -254,7 +254,7 @@ class _Videos:
         clip, frames = task.clip, len(faces.present)
         gaps = runs_without(faces.present)
         info = ClipInfo(clip.name, clip.source, faces.sha256, frames, 0, 0, gaps)
-        return write_part(work.records(clip), info, self._records(task, faces))
+        return write_part(work.records(clip), info, self._records(task, faces), self.stored)
 
     def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of every frame."""
@@ -412,7 +412,7 @@ class _FromPrecomputed:
                 pixels = {} if crops is None else {"frame": encode_frame(next(crops))}
                 yield {"mean": latent, "landmarks": found.landmarks[i], **audio, **pixels}
 
-        return write_part(work.records(clip), info, records())
+        return write_part(work.records(clip), info, records(), self.stored)
 
 
 def _first_sizes(clips: Sequence[Clip], kinds: Sequence[EncoderKind]) -> tuple[int, dict[EncoderKind, int]]:

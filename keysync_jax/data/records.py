@@ -1,41 +1,42 @@
-"""A prepared dataset on disk: sharded ArrayRecord files, one record a frame, and `manifest.json`.
+"""A prepared dataset on disk: sharded ArrayRecord files and `manifest.json`.
 
-A record is a small safetensors file, so that any tool can read one:
+A frame has one record of each group of arrays, so that a run reads only what it needs:
 
-| name | dtype | shape |
-|---|---|---|
-| mean, logvar | fp16 | `[h, w, 4]`, posterior over raw latents |
-| mean | fp32 | `[h, w, 4]`, alone where the dataset stores samples |
-| landmarks | fp32 | `[68, 2]`, (x, y) in pixels of the crop |
-| audio_KIND | fp32 | `[2, D]`, of each encoder |
-| audio_KIND_pitch+2 | fp32 | `[2, D]`, of the voice shifted by that many semitones; for each shift |
-| frame | uint8 | `[bytes]`, the crop as JPEG; absent where the dataset has no pixels |
+| group | name | dtype | shape |
+|---|---|---|---|
+| latents | mean, logvar | fp16 | `[h, w, 4]`, posterior over raw latents |
+| | mean | fp32 | `[h, w, 4]`, alone where the dataset stores samples |
+| | landmarks | fp32 | `[68, 2]`, (x, y) in pixels of the crop |
+| one each | audio_KIND | fp32 | `[2, D]`, of each encoder |
+| one each | audio_KIND_pitch+2 | fp32 | `[2, D]`, of the voice shifted by so many semitones; for each shift |
+| pixels | frame | uint8 | `[bytes]`, the crop as JPEG; absent where the dataset has no pixels |
 
-The records of a clip lie side by side in one shard, in the order of time. The manifest is written last,
-so a folder that has one is complete.
+A record is a small safetensors file of its group's arrays, so that any tool can read one. The records of a
+clip lie side by side in one shard, group after group, each in the order of time. The manifest is written
+last, so a folder that has one is complete.
+
+In `keysync-dataset-1`, which is read too, a frame is one record of all arrays.
 """
 
-import errno
 import json
 import math
-import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import cv2
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from keysync_jax.config import EncoderKind, from_dict, to_dict
+from keysync_jax.data.arrayrecord import RecordReader
 from keysync_jax.errors import UserError
-from keysync_jax.files import put, sha256_of, temporary, write_json
+from keysync_jax.files import sha256_of, write_json
 
-FORMAT = "keysync-dataset-1"
+FORMAT = "keysync-dataset-2"
+UNGROUPED = "keysync-dataset-1"
+"""The format before, in which a frame is one record."""
 MANIFEST = "manifest.json"
 
 SAMPLE_LOGVAR = -30.0
@@ -43,10 +44,6 @@ SAMPLE_LOGVAR = -30.0
 
 JPEG_OPTIONS = (cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111)
 """4:4:4: the pixel loss compares colours at full resolution."""
-
-# Latents and pictures do not compress; one record a group can be read alone.
-_WRITER = "group_size:1,uncompressed"
-_READER = "readahead_buffer_size:0"
 
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -136,30 +133,67 @@ class ClipInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says, the format's name apart."""
+    """What `manifest.json` says.
+
+    Attributes:
+      format: `FORMAT`, or `UNGROUPED`.
+    """
 
     settings: Settings
     shards: tuple[ShardInfo, ...]
     clips: tuple[ClipInfo, ...]
+    format: str = FORMAT
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the arrays in each record of a frame."""
+        groups = groups_of(self.settings)
+        return (tuple(chain(*groups)),) if self.format == UNGROUPED else groups
 
     def save(self, folder: Path) -> None:
         """Writes the manifest into a dataset's folder, which completes it."""
-        write_json(folder / MANIFEST, {"format": FORMAT, **to_dict(self)})
+        write_json(folder / MANIFEST, {"format": self.format, **to_dict(self)})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Reads and checks the manifest of a dataset's folder."""
+        """Reads and checks the manifest of a dataset's folder.
+
+        Raises:
+          UserError: there is none, it is damaged, or has another format.
+          OSError: the system cannot read it.
+        """
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder}: not a prepared dataset (it has no {MANIFEST})") from None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
-        found = content.pop("format", None) if isinstance(content, dict) else None
-        if found != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        if found not in (FORMAT, UNGROUPED):
             raise UserError(f"{path}: has the format {found!r}, not {FORMAT!r}; prepare the dataset anew")
-        return from_dict(cls, content, str(path))
+        manifest = from_dict(cls, content, str(path))
+        for shard in manifest.shards:
+            if shard.file in ("", "..") or Path(shard.file).name != shard.file:
+                raise UserError(f"{path}: names the shard {shard.file!r}, which is no file of this folder")
+        return manifest
+
+
+def groups_of(settings: Settings) -> tuple[tuple[str, ...], ...]:
+    """Names of the arrays in each record of a frame; a run that has no use for a group does not read it."""
+    latents = {"posterior": ("mean", "logvar"), "sample": ("mean",), "none": ()}[settings.latents]
+    voices = [audio_name(kind, shift) for kind in settings.encoders for shift in (0.0, *settings.pitch)]
+    pixels = [("frame",)] if settings.frames else []
+    return ((*latents, "landmarks"), *((voice,) for voice in voices), *pixels)
+
+
+def encode_frame_records(arrays: Record, groups: Iterable[Iterable[str]]) -> list[bytes]:
+    """A frame's arrays as the bytes of its records, one a group.
+
+    Raises:
+      KeyError: an array of a group is not there.
+    """
+    return [encode_record({name: arrays[name] for name in group}) for group in groups]
 
 
 def audio_name(kind: EncoderKind, semitones: float = 0.0) -> str:
@@ -217,91 +251,20 @@ def decode_frame(data: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(picture[..., ::-1])
 
 
-class RecordWriter:
-    """Writes an ArrayRecord file, which appears under its name when the block ends without an error."""
-
-    def __init__(self, path: Path):
-        self.path, self.records = path, 0
-        self._stack = ExitStack()
-        partial = self._stack.enter_context(temporary(path))
-        self._partial, self._writer = partial, ArrayRecordWriter(str(partial), _WRITER)
-
-    def write(self, data: bytes) -> None:
-        """Appends one record."""
-        try:
-            self._writer.write(data)
-        except RuntimeError as error:
-            raise self._failed(error) from error
-        self.records += 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._stack:
-            try:
-                self._writer.close()
-            except RuntimeError as failure:
-                if kind is None:
-                    raise self._failed(failure) from failure
-            if kind is None:
-                put(self._partial, self.path)
-
-    def _failed(self, error: RuntimeError) -> OSError:
-        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-        return OSError(number, f"{os.strerror(number)} ({error})", str(self.path))
-
-
-class RecordReader:
-    """Random access to an ArrayRecord file, opened at the first read; picklable, and safe in threads."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._reader: ArrayRecordReader | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> Path:
-        return self.path
-
-    def __setstate__(self, path: Path) -> None:
-        RecordReader.__init__(self, path)
-
-    def __len__(self) -> int:
-        return int(self._opened().num_records())
-
-    def read(self, indices: Sequence[int]) -> list[bytes]:
-        """The bytes of the records at `indices`. Raises UserError where the file is damaged."""
-        try:
-            return list(self._opened().read([int(i) for i in indices]))
-        except RuntimeError as error:
-            raise UserError(f"{self.path}: is damaged ({error}); prepare the dataset anew") from None
-
-    def _opened(self) -> ArrayRecordReader:
-        with self._lock:
-            if self._reader is None:
-                reader = ArrayRecordReader(str(self.path), _READER)
-                if not reader.ok():
-                    raise UserError(
-                        f"{self.path}: is damaged or no ArrayRecord file; prepare the dataset anew"
-                    )
-                self._reader = reader
-            return self._reader
-
-
 class Dataset:
     """Random access to the frames of a prepared dataset; picklable, safe in threads.
 
     Opening checks the manifest, and that every shard is there with all its bytes; `verify` reads them.
 
     Raises:
-      UserError: the manifest cannot be read or has another format, a shard is missing, empty or truncated.
+      UserError: the manifest is damaged or has another format, a shard is missing, empty or truncated.
+      OSError: the system cannot read the folder.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
+        self._groups = self.manifest.groups
         self._readers = [RecordReader(self.folder / shard.file) for shard in self.manifest.shards]
         for shard in self.manifest.shards:
             self._check_size(shard)
@@ -315,15 +278,41 @@ class Dataset:
     def clips(self) -> tuple[ClipInfo, ...]:
         return self.manifest.clips
 
+    @property
+    def sha256(self) -> str:
+        """Of the manifest, which has that of every shard: of the whole dataset."""
+        return sha256_of(self.folder / MANIFEST)
+
     def read(self, clip: int, frames: Sequence[int], names: Iterable[str] | None = None) -> list[Record]:
-        """Records of frames of a clip, in the order asked for; of each the arrays `names` (None: all)."""
-        info = self.clips[clip]
-        data = self._readers[info.shard].read([info.first + frame for frame in frames])
-        names = None if names is None else tuple(names)
-        return [decode_record(record, names) for record in data]
+        """The arrays `names` (None: all) of frames of a clip, in the order asked for.
+
+        Raises:
+          UserError: the shard is damaged, or has no such array.
+          OSError: the system cannot open or read the shard.
+        """
+        info, found = self.clips[clip], [Record() for _ in frames]
+        groups = self._groups_with(names)
+        places = [info.first + group * info.frames + frame for group in groups for frame in frames]
+        data = iter(self._readers[info.shard].read(places))
+        for held in groups.values():
+            for record in found:
+                try:
+                    record |= decode_record(next(data), held)
+                except KeyError as missing:
+                    raise UserError(f"{self.folder}: the clip {info.name!r} has no {missing}") from None
+        return found
+
+    def _groups_with(self, names: Iterable[str] | None) -> dict[int, list[str]]:
+        """Number -> names, of the groups that hold some of these names."""
+        known = tuple(chain(*self._groups))
+        wanted = known if names is None else tuple(names)
+        if unknown := set(wanted) - set(known):
+            raise UserError(f"{self.folder}: holds no {min(unknown)!r}")
+        held = {number: [n for n in group if n in wanted] for number, group in enumerate(self._groups)}
+        return {number: some for number, some in held.items() if some}
 
     def verify(self, progress: Callable[[int], object] | None = None) -> None:
-        """Reads all of it: every shard's SHA-256 and number of records, first and last record of each clip.
+        """Reads all of it: every shard's SHA-256 and number of records, first and last frame of each clip.
 
         Args:
           progress: is told of each block of bytes that was read.
@@ -359,7 +348,11 @@ class Dataset:
     def _check_places(self) -> None:
         for clip in self.clips:
             shards = self.manifest.shards
-            if not 0 <= clip.shard < len(shards) or clip.first + clip.frames > shards[clip.shard].records:
+            records = clip.frames * len(self._groups)
+            if (
+                not 0 <= clip.shard < len(shards)
+                or not 0 <= clip.first <= shards[clip.shard].records - records
+            ):
                 raise UserError(f"{self.folder / MANIFEST}: the clip {clip.name!r} lies outside its shard")
 
     def _check_record(self, clip: ClipInfo, record: Record) -> None:

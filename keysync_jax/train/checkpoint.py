@@ -1,6 +1,7 @@
 """The state of a run on disk: its effective config, and Orbax checkpoints of the training state.
 
     WORKDIR/config.json            what the run was started with
+    WORKDIR/inputs.json            what it reads, by content (see `inputs`)
     WORKDIR/checkpoints/STEP/      one checkpoint, complete or not there
 
 A batch is a function of (seed, step), so the step is all that resuming the data needs.
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +25,7 @@ from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.files import write_json
 from keysync_jax.train.config import AnyTrainConfig, CheckpointConfig, train_config_from
+from keysync_jax.train.inputs import PLACES, Inputs, check_inputs, read_inputs
 from keysync_jax.train.step import TrainState
 
 FORMAT = "keysync-run-1"
@@ -208,22 +211,31 @@ def saved_steps(folder: Path) -> list[int]:
     return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
 
 
-def settle_config(workdir: Path, config: AnyTrainConfig) -> None:
+def settle_config(workdir: Path, config: AnyTrainConfig, inputs: Inputs | None = None) -> None:
     """Stores the effective config with the run; a run that has a checkpoint must go on with the same one.
+
+    Args:
+      inputs: what the config's paths hold now. They are stored and compared likewise, and the paths of inputs
+        that are known may change. None: they are not known.
 
     Raises:
       UserError: a setting that changes what a step computes is another one than the run was started with, or
-        the `config.json` in the folder is not that of a run.
+        so is an input, or the `config.json` in the folder is not that of a run.
     """
     path = workdir / "config.json"
     if path.exists():
         started = read_config(workdir)
         if saved_steps(workdir / "checkpoints"):
-            _check_equal(workdir, started, config)
+            known = inputs is not None and read_inputs(workdir) is not None
+            _check_equal(workdir, started, config, MAY_CHANGE + PLACES if known else MAY_CHANGE)
+            if inputs is not None:
+                check_inputs(workdir, inputs, config.data.paths)
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, {"format": FORMAT, **to_dict(config)}, indent=2)
+            if inputs is not None:
+                inputs.save(workdir)
         except OSError as error:
             raise UserError(f"{workdir}: cannot be written ({error.strerror or error})") from error
 
@@ -246,12 +258,14 @@ def read_config(workdir: Path) -> AnyTrainConfig:
     return train_config_from(content, str(path))
 
 
-def _check_equal(workdir: Path, started: AnyTrainConfig, config: AnyTrainConfig) -> None:
+def _check_equal(
+    workdir: Path, started: AnyTrainConfig, config: AnyTrainConfig, may_change: Sequence[str]
+) -> None:
     if type(started) is not type(config):
         raise UserError(f"{workdir}: holds a run of another kind; give another --workdir")
     before, now = _flat(to_dict(started)), _flat(to_dict(config))
     for key, value in now.items():
-        if before[key] != value and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE):
+        if before[key] != value and not any(f"{key}.".startswith(f"{free}.") for free in may_change):
             raise UserError(
                 f"{workdir}: this run was started with {key} = {before[key]!r}, not {value!r}; "
                 "go on with that, or give another --workdir"

@@ -111,6 +111,9 @@ class Samples:
         self.config, self.datasets = config, tuple(datasets)
         self.usable = usable_clips(config, datasets)
         self._order = _clip_order(config, self.usable)
+        # The type of a batch must not change with the datasets that its clips are of.
+        stored = {dataset.settings.latents for dataset in datasets}
+        self._latents = np.float16 if stored == {"posterior"} else np.float32
 
     def clip(self, number: int) -> tuple[int, int]:
         """(dataset, clip) of sample `number`."""
@@ -125,10 +128,12 @@ class Samples:
         shown = int(rng.integers(len(frames)))
         flipped = bool(rng.random() < config.data.flip)
         audio = audio_name(config.audio_encoder, self._shift(rng, dataset))
-        names = ["mean", "landmarks", audio] + (["logvar"] if dataset.settings.latents == "posterior" else [])
-        records = dataset.read(clip, frames, names)
-        mean, logvar = _posterior(records)
-        reference_mean, reference_logvar = _reference(dataset, clip, reference, mean, logvar)
+        latents = _latent_names(dataset)
+        records = dataset.read(clip, frames, [*latents, "landmarks", audio])
+        mean, logvar = self._posterior(records)
+        reference_mean, reference_logvar = mean[:0], logvar[:0]
+        if reference:
+            reference_mean, reference_logvar = self._posterior(dataset.read(clip, reference, latents))
         points = np.stack([record["landmarks"] for record in records])
         mask = latent_masks(
             points, dataset.settings.crop_size, dataset.settings.latent_size, config.data.mask
@@ -143,10 +148,23 @@ class Samples:
             reference_logvar,
             features,
             mask[..., None],
-            _pixels(dataset, clip, frames[shown]),
+            self._pixels(dataset, clip, frames[shown]),
             np.asarray(shown, np.int32),
         )
         return mirrored(sample) if flipped else sample
+
+    def _posterior(self, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and log-variance of frames, `[T, h, w, 4]` each."""
+        mean = np.stack([record["mean"] for record in records]).astype(self._latents)
+        if "logvar" not in records[0]:
+            return mean, np.full_like(mean, SAMPLE_LOGVAR)
+        return mean, np.stack([record["logvar"] for record in records]).astype(self._latents)
+
+    def _pixels(self, dataset: Dataset, clip: int, frame: int) -> np.ndarray:
+        """The crop of one frame, uint8 `[S, S, 3]`; `[0, 0, 3]` where no loss looks at it."""
+        if self.config.loss.pixel == "none":
+            return np.zeros((0, 0, 3), np.uint8)
+        return decode_frame(dataset.read(clip, [frame], ["frame"])[0]["frame"])
 
     def _shift(self, rng: np.random.Generator, dataset: Dataset) -> float:
         """Semitones by which the voice of the sample is shifted; 0: it is not."""
@@ -290,30 +308,9 @@ def latent_masks(landmarks: np.ndarray, crop_size: int, latent_size: int, kind: 
     return to_latent(make_mask(scale_landmarks(landmarks, crop_size, crop_size), kind), latent_size)
 
 
-def _posterior(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and log-variance of frames, fp32 `[T, h, w, 4]` each."""
-    mean = np.stack([record["mean"] for record in records]).astype(np.float32)
-    if "logvar" not in records[0]:
-        return mean, np.full_like(mean, SAMPLE_LOGVAR)
-    return mean, np.stack([record["logvar"] for record in records]).astype(np.float32)
-
-
-def _reference(
-    dataset: Dataset, clip: int, frames: list[int], mean: np.ndarray, logvar: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior of the reference frames; of none, empty arrays shaped like the sample's."""
-    if not frames:
-        return mean[:0], logvar[:0]
-    names = ["mean"] + (["logvar"] if dataset.settings.latents == "posterior" else [])
-    return _posterior(dataset.read(clip, frames, names))
-
-
-def _pixels(dataset: Dataset, clip: int, frame: int) -> np.ndarray:
-    """The crop of one frame, uint8 `[S, S, 3]`; black where the dataset has no pixels (see `check_fits`)."""
-    if not dataset.settings.frames:
-        size = dataset.settings.crop_size
-        return np.zeros((size, size, 3), np.uint8)
-    return decode_frame(dataset.read(clip, [frame], ["frame"])[0]["frame"])
+def _latent_names(dataset: Dataset) -> list[str]:
+    """Names of the arrays that tell a frame's latents."""
+    return ["mean", "logvar"] if dataset.settings.latents == "posterior" else ["mean"]
 
 
 def mirrored(sample: Batch) -> Batch:

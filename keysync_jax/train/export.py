@@ -15,6 +15,7 @@ from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.checkpoint import Checkpoints, read_config
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.fits import check_fits
+from keysync_jax.train.inputs import read_inputs
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -107,6 +108,19 @@ def _check_fits_base(folder: Path, config: TrainConfig, rest: Model) -> None:
     sizes = dataclasses.replace(rest.config.vae, quant_conv=config.vae.quant_conv)
     if sizes != config.vae:
         raise UserError(f"{folder}: was trained for a VAE of other sizes than that of {rest.folder}")
+    if (inputs := read_inputs(folder)) is None:
+        _check_data_fits_base(config, rest)
+        return
+    for data in inputs.data:
+        for file, sha256 in data.prepared_with.items():
+            if rest.hashes.get(file, sha256) != sha256:
+                raise UserError(
+                    f"{folder}: its data was prepared with another {file} than that of {rest.folder}"
+                )
+
+
+def _check_data_fits_base(config: TrainConfig, rest: Model) -> None:
+    """The same of a run that did not note what it read: what lies in `data.paths` now is asked."""
     for path in map(Path, config.data.paths):
         # A dataset that is not here any more cannot be asked which files it was prepared with.
         if (path / MANIFEST).is_file():

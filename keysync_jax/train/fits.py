@@ -39,7 +39,7 @@ def check_fits(dataset: Dataset, config: TrainConfig, hashes: Mapping[str, str] 
     for what, (found_size, wanted) in sizes.items():
         if found_size != wanted:
             raise UserError(f"{folder}: holds {what} {found_size}, the config asks for {wanted}")
-    for file, sha256 in _prepared_with(dataset, stage.audio_encoder).items():
+    for file, sha256 in prepared_with(dataset, stage.audio_encoder).items():
         if hashes and hashes.get(file, sha256) != sha256:
             raise UserError(f"{folder}: was prepared with another {file} than the model of this run has")
     if config.loss.pixel != "none" and not settings.frames:
@@ -59,7 +59,7 @@ def check_alike(datasets: Sequence[Dataset], kind: EncoderKind) -> None:
     """
     first: dict[str, tuple[Path, str]] = {}
     for dataset in datasets:
-        for file, sha256 in _prepared_with(dataset, kind).items():
+        for file, sha256 in prepared_with(dataset, kind).items():
             folder, wanted = first.setdefault(file, (dataset.folder, sha256))
             if sha256 != wanted:
                 raise UserError(
@@ -68,7 +68,7 @@ def check_alike(datasets: Sequence[Dataset], kind: EncoderKind) -> None:
                 )
 
 
-def _prepared_with(dataset: Dataset, kind: EncoderKind) -> dict[str, str]:
+def prepared_with(dataset: Dataset, kind: EncoderKind) -> dict[str, str]:
     """SHA-256 by file name of the VAE and the encoder of this kind, where the dataset knows them."""
     settings = dataset.settings
     files = {"vae.safetensors": settings.vae, encoder_name(kind): settings.encoders[kind].sha256}

@@ -57,12 +57,13 @@ def device_peak(kind: str) -> float | None:
 
 
 def batch_shapes(config: TrainConfig) -> Batch:
-    """Shapes of a global batch."""
+    """Shapes of a global batch from datasets that store posteriors."""
     stage, b = config.stage, config.batch_size
     t, side, c = stage.frames, stage.latent_size, config.vae.latent_channels
-    references, pixels = (1 if stage.kind == "keyframe" else 0), side * config.vae.factor
-    latents = jax.ShapeDtypeStruct((b, t, side, side, c), jnp.float32)
-    reference = jax.ShapeDtypeStruct((b, references, side, side, c), jnp.float32)
+    references = 1 if stage.kind == "keyframe" else 0
+    pixels = side * config.vae.factor if config.loss.pixel != "none" else 0
+    latents = jax.ShapeDtypeStruct((b, t, side, side, c), jnp.float16)
+    reference = jax.ShapeDtypeStruct((b, references, side, side, c), jnp.float16)
     return Batch(
         mean=latents,
         logvar=latents,

@@ -26,6 +26,7 @@ from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.data import Samples, load
 from keysync_jax.train.fits import check_alike, check_fits
 from keysync_jax.train.flops import device_peak, step_flops, vae_step_flops
+from keysync_jax.train.inputs import Inputs, inputs_of
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.preview import Preview
 from keysync_jax.train.sharding import (
@@ -76,7 +77,7 @@ def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Out
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh, config.batch_size)
     job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
-    settle_config(workdir, config)
+    settle_config(workdir, config, job.inputs)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         start = checkpoints.latest or 0
@@ -97,11 +98,13 @@ class _Job(Protocol):
     Attributes:
       samples: number -> sample.
       make: builds the network.
+      inputs: what it reads, by content.
       preview: of the stages, where one is asked for.
     """
 
     samples: Callable[[int], Any]
     make: Make
+    inputs: Inputs
     preview: Preview | None
 
     @property
@@ -123,6 +126,9 @@ class _StageJob:
         self.config, self.make = config, make_stage(config)
         datasets = open_datasets(config)
         self.vae = load_vae(config) if config.loss.pixel != "none" or config.log.preview_every else None
+        self.perceptual = load_perceptual(config)
+        judges = {"VAE": self.vae if config.loss.pixel != "none" else None, "LPIPS": self.perceptual}
+        self.inputs = inputs_of(datasets, config.audio_encoder, judges)
         self.preview: Preview | None = None
         if config.log.preview_every and self.vae is not None:
             self.preview = Preview(config, _preview_dataset(config, datasets), self.vae)
@@ -131,9 +137,8 @@ class _StageJob:
         self.samples: Callable[[int], Any] = samples
 
     def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
-        perceptual = load_perceptual(self.config)
-        flops = step_flops(self.config, graphdef, wanted, self.vae, perceptual)
-        return make_step(self.config, graphdef, self.vae, perceptual), flops
+        flops = step_flops(self.config, graphdef, wanted, self.vae, self.perceptual)
+        return make_step(self.config, graphdef, self.vae, self.perceptual), flops
 
     def first_weights(self) -> Weights:
         return first_weights(self.config)
@@ -147,6 +152,7 @@ class _VAEJob:
         self.preview: Preview | None = None
         datasets = [Dataset(path) for path in config.data.paths]
         self.samples: Callable[[int], Any] = FrameSamples(config, datasets)
+        self.inputs = inputs_of(datasets, None, {})
 
     def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
         return VAEStep(self.config, graphdef), vae_step_flops(self.config, graphdef, wanted)

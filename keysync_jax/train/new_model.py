@@ -1,6 +1,7 @@
 """A model directory to start training from: a VAE that was trained here, and untrained stages."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.autoencoder import FrameSamples
 from keysync_jax.train.checkpoint import Checkpoints, read_config
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
+from keysync_jax.train.inputs import check_data, read_inputs
 from keysync_jax.train.start import Weights, random_weights
 from keysync_jax.train.step import make_stage
 
@@ -67,7 +69,7 @@ def new_model(
     with Checkpoints(run / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         step, weights = checkpoints.restore_weights(average)
     vae = dataclasses.replace(config.vae, scale_factor=1.0)
-    weights = normalised(weights, latent_std(config, weights))
+    weights = normalised(weights, latent_std(config, weights, _datasets(run, config)))
     model = ModelConfig(
         keyframe=keyframe.stage,
         interpolation=interpolation.stage,
@@ -115,9 +117,17 @@ def _check(stages: dict[str, TrainConfig]) -> None:
         raise UserError("the two stages' configs differ in mask or guidance; a model has one of each")
 
 
-def latent_std(config: VAETrainConfig, weights: Weights) -> np.ndarray:
+def _datasets(run: Path, config: VAETrainConfig) -> list[Dataset]:
+    """The data of a VAE's run, which must still be what it was, as far as the run noted that."""
+    datasets = [Dataset(path) for path in config.data.paths]
+    if (inputs := read_inputs(run)) is not None:
+        check_data(run, inputs, [dataset.sha256 for dataset in datasets], config.data.paths)
+    return datasets
+
+
+def latent_std(config: VAETrainConfig, weights: Weights, datasets: Sequence[Dataset]) -> np.ndarray:
     """Standard deviation of each latent channel over frames of the run's data, fp32 `[C]`."""
-    samples = FrameSamples(config, [Dataset(path) for path in config.data.paths])
+    samples = FrameSamples(config, datasets)
     frames = (samples(number).frame for number in range(min(SAMPLES, config.steps * config.batch_size)))
     graphdef, _ = shapes(lambda rngs: VAE(config.vae, rngs=rngs))
     with computing("fp32"):

@@ -59,7 +59,7 @@ class Clips(NamedTuple):
       reference: raw latents `[B, 1 or 2, h, w, 4]`.
       audio: features `[B, T, 2, audio_dim]`.
       mask: `[B, T, h, w, 1]`, 1 = generate.
-      frame: pixels of one frame of each clip, `[B, H, W, 3]` in [-1, 1].
+      frame: pixels of one frame of each clip, `[B, H, W, 3]` in [-1, 1]; empty without a pixel loss.
       frame_index: which of the T frames that is, `[B]`.
     """
 
@@ -117,6 +117,8 @@ def draw_clips(config: TrainConfig, batch: Batch, key: Array) -> Clips:
     latent_key, reference_key, noise_key = jax.random.split(key, 3)
 
     def raw_latents(mean: Array, logvar: Array, key: Array) -> Array:
+        # They come as they are stored, in fp16; all that is done with them is done in fp32.
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
         if not config.data.sample_posterior:
             return mean
         return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)

@@ -1,28 +1,33 @@
 """The dataset's format: what is written is read, and damage is named."""
 
 import dataclasses
+import errno
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from keysync_jax.data.arrayrecord import RecordReader
 from keysync_jax.data.records import (
+    UNGROUPED,
     Dataset,
     EncoderInfo,
-    RecordReader,
-    RecordWriter,
     decode_frame,
     decode_record,
     encode_frame,
     encode_record,
+    groups_of,
     runs_without,
 )
 from keysync_jax.errors import UserError
 from keysync_jax.train.config import LossConfig
 from keysync_jax.train.fits import check_alike, check_fits
+from tests import prepared
 from tests.prepared import SETTINGS, record, train_config, write_dataset
 
 
@@ -63,8 +68,9 @@ def test_pictures_keep_their_colours() -> None:
 
 def test_frames_are_read_in_the_order_asked_for(folder: Path) -> None:
     dataset = pickle.loads(pickle.dumps(Dataset(folder)))
+    # Four records a frame: latents, two voices, pixels.
     assert [(clip.shard, clip.first, clip.frames) for clip in dataset.clips] == [
-        (0, 0, 5), (0, 5, 7), (1, 0, 6),
+        (0, 0, 5), (0, 20, 7), (1, 0, 6),
     ]  # fmt: skip
     for clip in range(3):
         for found, frame in zip(dataset.read(clip, [4, 0, 2]), (4, 0, 2), strict=True):
@@ -72,6 +78,78 @@ def test_frames_are_read_in_the_order_asked_for(folder: Path) -> None:
                 np.testing.assert_array_equal(found[name], array)
     assert pickle.loads(pickle.dumps(dataset)).read(1, [6], ["mean"])[0].keys() == {"mean"}
     dataset.verify()
+
+
+GROUPS = (("mean", "logvar", "landmarks"), ("audio_hubert",), ("audio_wavlm",), ("frame",))
+
+
+def test_a_shard_has_a_clips_groups_one_after_another(folder: Path) -> None:
+    dataset = Dataset(folder)
+    assert dataset.manifest.groups == GROUPS
+    records = RecordReader(folder / "shard-00000.arrayrecord").read(range(12 * 4))
+    for clip, first, frames in ((0, 0, 5), (1, 20, 7)):
+        for group, names in enumerate(GROUPS):
+            for frame in range(frames):
+                found = decode_record(records[first + group * frames + frame])
+                assert tuple(found) == names
+                for name in names:
+                    np.testing.assert_array_equal(found[name], record(clip, frame)[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups"),
+    [
+        ({"latents": "sample", "frames": False}, (("mean", "landmarks"), *GROUPS[1:3])),
+        ({"latents": "none", "encoders": {}}, (("landmarks",), ("frame",))),
+        (
+            {"pitch": (-2.0,), "encoders": {"hubert": SETTINGS.encoders["hubert"]}},
+            (GROUPS[0], ("audio_hubert",), ("audio_hubert_pitch-2",), ("frame",)),
+        ),
+    ],
+)
+def test_groups_follow_from_the_settings(
+    changes: dict[str, Any], groups: tuple[tuple[str, ...], ...]
+) -> None:
+    assert groups_of(dataclasses.replace(SETTINGS, **changes)) == groups
+
+
+def test_a_dataset_of_whole_records_is_read_too(folder: Path, tmp_path: Path) -> None:
+    clips: list[int | np.ndarray] = [5, 7, Dataset(folder).clips[2].present]
+    before = write_dataset(tmp_path / "before", clips, format=UNGROUPED)
+    assert json.loads((tmp_path / "before/manifest.json").read_text())["format"] == "keysync-dataset-1"
+    assert [(clip.shard, clip.first) for clip in before.clips] == [(0, 0), (0, 5), (1, 0)]
+    before.verify()
+    for names in (None, ["mean", "audio_wavlm"]):
+        for clip in range(3):
+            pairs = zip(
+                before.read(clip, [3, 1], names), Dataset(folder).read(clip, [3, 1], names), strict=True
+            )
+            for one, other in pairs:
+                assert one.keys() == other.keys()
+                assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_what_a_dataset_does_not_hold_is_named(folder: Path, copied: Path) -> None:
+    with pytest.raises(UserError, match="dataset: holds no 'audio_wav2vec2'"):
+        Dataset(folder).read(0, [0], ["mean", "audio_wav2vec2"])
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["settings"]["pitch"] = [2.0]
+    manifest["clips"] = manifest["clips"][:1]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="the clip 'clip0' has no 'audio_hubert_pitch\\+2'"):
+        Dataset(copied).verify()
+
+
+def test_every_group_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for group, name in enumerate(("logvar", "audio_hubert", "audio_wavlm", "frame")):
+        spoiled = np.zeros((2, 5), np.float32)
+        with monkeypatch.context() as patch:
+            if name == "frame":
+                spoiled = encode_frame(np.zeros((8, 8, 3), np.uint8))
+            patch.setattr(prepared, "record", lambda *at, n=name, x=spoiled: {**record(*at), n: x})
+            dataset = write_dataset(tmp_path / f"{group}", [3])
+        with pytest.raises(UserError, match="wrong size" if name == "frame" else f"has no sound '{name}'"):
+            dataset.verify()
 
 
 def test_frames_without_a_face_survive_the_manifest(folder: Path) -> None:
@@ -87,17 +165,6 @@ def test_runs_are_the_false_stretches(pattern: str) -> None:
     for first, count in runs_without(present):
         rebuilt[first : first + count] = False
     np.testing.assert_array_equal(rebuilt, present)
-
-
-def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def fail() -> None:
-        with RecordWriter(tmp_path / "a.arrayrecord") as writer:
-            writer.write(b"x")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_shard_is_named(copied: Path) -> None:
@@ -124,7 +191,7 @@ def test_a_truncated_shard_is_named(copied: Path) -> None:
 def test_altered_bytes_are_found(copied: Path) -> None:
     path = copied / "shard-00000.arrayrecord"
     data = bytearray(path.read_bytes())
-    at = data.index(encode_record(record(1, 6))[-200:])
+    at = data.index(encode_record({"frame": record(1, 6)["frame"]})[-200:])
     data[at] ^= 255
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"shard-00000.arrayrecord: was altered"):
@@ -136,7 +203,7 @@ def test_altered_bytes_are_found(copied: Path) -> None:
 def test_another_format_is_refused(copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps(manifest | {"format": "keysync-dataset-0"}))
-    with pytest.raises(UserError, match="'keysync-dataset-0', not 'keysync-dataset-1'"):
+    with pytest.raises(UserError, match="'keysync-dataset-0', not 'keysync-dataset-2'"):
         Dataset(copied)
 
 
@@ -147,17 +214,41 @@ def test_a_broken_manifest_is_named(copied: Path, content: str, message: str) ->
         Dataset(copied)
 
 
-def test_a_clip_outside_its_shard_is_named(copied: Path) -> None:
+@pytest.mark.parametrize("name", ["../other.arrayrecord", "/shard", "deep/shard", ".", "..", ""])
+def test_a_shard_outside_the_folder_is_refused(copied: Path, name: str) -> None:
+    shutil.copyfile(copied / "shard-00000.arrayrecord", copied.parent / "other.arrayrecord")
     manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["clips"][1]["first"] = 6
+    manifest["shards"][0]["file"] = name
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"names the shard '{re.escape(name)}', which is no file of this"):
+        Dataset(copied)
+
+
+@pytest.mark.parametrize("first", [-1, 21])
+def test_a_clip_outside_its_shard_is_named(copied: Path, first: int) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["clips"][1]["first"] = first
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="the clip 'clip1' lies outside its shard"):
         Dataset(copied)
 
 
 def test_a_folder_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a prepared dataset"):
-        Dataset(tmp_path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file", tmp_path / "nothing"):
+        with pytest.raises(UserError, match="not a prepared dataset"):
+            Dataset(path)
+
+
+def test_a_manifest_that_the_system_cannot_read_is_not_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        Dataset(folder)
 
 
 def test_a_dataset_that_fits(folder: Path) -> None:

@@ -5,17 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
+from keysync_jax.data.arrayrecord import RecordWriter
 from keysync_jax.data.records import (
     ClipInfo,
     EncoderInfo,
     Manifest,
-    RecordWriter,
+    Record,
     Settings,
     ShardInfo,
     encode_frame,
-    encode_record,
 )
 from keysync_jax.files import sha256_of
+from tests.prepared import write_clip
 
 CROP, LATENT = 16, 8
 
@@ -30,18 +31,18 @@ def write_dataset(
     """One shard with clips of these lengths; `vae` and `audio` are hashes for the manifest."""
     folder.mkdir(parents=True)
     path, rng, clips = folder / "00000.arrayrecord", np.random.default_rng(0), []
+    settings = Settings(CROP, LATENT, "posterior", True, vae, {encoder: EncoderInfo(768, audio)}, "given")
     with RecordWriter(path) as writer:
         for number, frames in enumerate(lengths):
             clips.append(ClipInfo(f"clip{number}", f"clip{number}.mp4", "0" * 64, frames, 0, writer.records))
-            for _ in range(frames):
-                writer.write(encode_record(random_record(rng, encoder)))
-    settings = Settings(CROP, LATENT, "posterior", True, vae, {encoder: EncoderInfo(768, audio)}, "given")
-    shard = ShardInfo(path.name, sum(lengths), path.stat().st_size, sha256_of(path))
+            arrays = [random_record(rng, encoder) for _ in range(frames)]
+            write_clip(writer, Manifest(settings, (), ()), arrays)
+    shard = ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path))
     Manifest(settings, (shard,), tuple(clips)).save(folder)
     return folder
 
 
-def random_record(rng: np.random.Generator, encoder: str) -> dict[str, np.ndarray]:
+def random_record(rng: np.random.Generator, encoder: str) -> Record:
     shape = (LATENT, LATENT, 4)
     return {
         "mean": rng.standard_normal(shape).astype(np.float16),

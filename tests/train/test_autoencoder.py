@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,15 +11,14 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import LogMelConfig, StageConfig, StageKind, UNetConfig, VAEConfig, to_dict
+from keysync_jax.data.arrayrecord import RecordWriter
 from keysync_jax.data.records import (
     ClipInfo,
     Dataset,
     Manifest,
-    RecordWriter,
     Settings,
     ShardInfo,
     encode_frame,
-    encode_record,
 )
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
@@ -43,25 +43,25 @@ from keysync_jax.train.config import (
 from keysync_jax.train.loop import train
 from keysync_jax.train.new_model import new_model
 from tests.clips import face_landmarks
+from tests.prepared import write_clip
 
 SIZE, FRAMES = 16, 12
 SIZES = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_groups=4)
 
 
-def write_faces(folder: Path) -> Path:
+def write_faces(folder: Path, count: int = FRAMES) -> Path:
     """A dataset of frames alone, as `prepare --crop 16` makes it."""
     folder.mkdir()
     path, rng = folder / "00000.arrayrecord", np.random.default_rng(0)
+    settings, frames = Settings(SIZE, 0, "none", True, None, {}, "given"), []
+    for points in face_landmarks(count, SIZE, SIZE):
+        picture = np.full((SIZE, SIZE, 3), rng.integers(40, 200, 3), np.uint8)
+        points = (points - points.min(axis=0)) / np.ptp(points, axis=0) * (SIZE - 2)
+        frames.append({"landmarks": points.astype(np.float32), "frame": encode_frame(picture)})
     with RecordWriter(path) as writer:
-        for points in face_landmarks(FRAMES, SIZE, SIZE):
-            picture = np.full((SIZE, SIZE, 3), rng.integers(40, 200, 3), np.uint8)
-            points = (points - points.min(axis=0)) / np.ptp(points, axis=0) * (SIZE - 2)
-            writer.write(
-                encode_record({"landmarks": points.astype(np.float32), "frame": encode_frame(picture)})
-            )
-    settings = Settings(SIZE, 0, "none", True, None, {}, "given")
-    shard = ShardInfo(path.name, FRAMES, path.stat().st_size, sha256_of(path))
-    clip = ClipInfo("clip", "clip.mp4", "0" * 64, FRAMES, 0, 0)
+        write_clip(writer, Manifest(settings, (), ()), frames)
+    shard = ShardInfo(path.name, writer.records, path.stat().st_size, sha256_of(path))
+    clip = ClipInfo("clip", "clip.mp4", "0" * 64, count, 0, 0)
     Manifest(settings, (shard,), (clip,)).save(folder)
     return folder
 
@@ -215,6 +215,21 @@ def test_a_new_models_posterior_is_scaled_with_its_mean(faces: Path, run: Path, 
     plain, scaled = posterior(weights), posterior(normalised(weights, std))
     np.testing.assert_allclose(scaled.mean, plain.mean / std, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scaled.logvar, plain.logvar - 2 * np.log(std), rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_model_measures_its_latents_on_the_data_of_the_run(run: Path, tmp_path: Path) -> None:
+    copied, place = tmp_path / "run", tmp_path / "place"
+    shutil.copytree(run, copied)
+    config = json.loads((copied / "config.json").read_text())
+    place.symlink_to(config["data"]["paths"][0])
+    config["data"]["paths"] = [str(place)]
+    (copied / "config.json").write_text(json.dumps(config))
+    new_model(copied, stage_config("keyframe"), stage_config("interpolation"), tmp_path / "model")
+    place.unlink()
+    write_faces(place, FRAMES - 1)
+    with pytest.raises(UserError, match=r"place: is not the dataset that .*/run was started with"):
+        new_model(copied, stage_config("keyframe"), stage_config("interpolation"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_stages_begin_with_what_fits_of_another_model(run: Path, tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """Batches: a function of seed and step, on any number of processes and workers."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from keysync_jax.data.records import Dataset
+from keysync_jax.data.arrayrecord import RecordReader
+from keysync_jax.data.records import UNGROUPED, Dataset, decode_record
 from keysync_jax.errors import UserError
 from keysync_jax.train.batch import Batch
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import LossConfig, PixelLoss, TrainConfig
 from keysync_jax.train.data import Samples, latent_masks, make_loader, mirrored, starts
 from keysync_jax.train.fits import check_fits
 from tests.prepared import LATENT, SETTINGS, SIZE, train_config, write_dataset
@@ -50,10 +53,10 @@ def test_shapes_and_types(dataset: Dataset) -> None:
         described = {name: (x.shape, str(x.dtype)) for name, x in batch._asdict().items()}
         latent = (LATENT, LATENT, 4)
         assert described == {
-            "mean": ((8, 4, *latent), "float32"),
-            "logvar": ((8, 4, *latent), "float32"),
-            "reference_mean": ((8, references, *latent), "float32"),
-            "reference_logvar": ((8, references, *latent), "float32"),
+            "mean": ((8, 4, *latent), "float16"),
+            "logvar": ((8, 4, *latent), "float16"),
+            "reference_mean": ((8, references, *latent), "float16"),
+            "reference_logvar": ((8, references, *latent), "float16"),
             "audio": ((8, 4, 2, 6), "float32"),
             "mask": ((8, 4, LATENT, LATENT, 1), "uint8"),
             "frame": ((8, SIZE, SIZE, 3), "uint8"),
@@ -262,12 +265,72 @@ def test_pitch_needs_shifted_voices(dataset: Dataset, voices: Dataset) -> None:
         check_fits(dataset, config)
 
 
-def test_a_stored_sample_has_no_variance(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A dataset of one clip with stored samples and without pixels."""
     settings = dataclasses.replace(SETTINGS, latents="sample", frames=False)
-    sample = Samples(train_config(), [write_dataset(tmp_path / "d", [30], settings)])(0)
+    return write_dataset(tmp_path_factory.mktemp("drawn") / "dataset", [30], settings)
+
+
+WITHOUT_PIXELS = LossConfig(pixel="none")
+
+
+def test_a_stored_sample_has_no_variance(drawn: Dataset) -> None:
+    sample = Samples(train_config(loss=WITHOUT_PIXELS), [drawn])(0)
+    assert sample.mean.dtype == sample.logvar.dtype == np.float32
     assert (sample.logvar == -30).all()
     assert (sample.reference_logvar == -30).all()
-    assert (sample.frame == 0).all()
+
+
+def test_a_batch_has_one_type_whatever_its_clips_are_of(dataset: Dataset, drawn: Dataset) -> None:
+    samples = Samples(train_config(loss=WITHOUT_PIXELS), [dataset, drawn])
+    assert {samples.clip(number)[0] for number in range(20)} == {0, 1}
+    for number in range(20):
+        sample = samples(number)
+        for name in ("mean", "logvar", "reference_mean", "reference_logvar"):
+            assert getattr(sample, name).dtype == np.float32
+
+
+@pytest.mark.parametrize(("pixel", "pictures"), [("none", 0), ("l2", 1)])
+@pytest.mark.parametrize(("kind", "references"), [("keyframe", 1), ("interpolation", 0)])
+def test_a_sample_reads_what_it_needs_alone(
+    voices: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    pixel: PixelLoss,
+    pictures: int,
+    kind: str,
+    references: int,
+) -> None:
+    read: Counter[str] = Counter()
+    plain = RecordReader.read
+
+    def counting(reader: RecordReader, indices: Sequence[int]) -> list[bytes]:
+        records = plain(reader, indices)
+        read.update(name for record in records for name in decode_record(record))
+        return records
+
+    monkeypatch.setattr(RecordReader, "read", counting)
+    sample = Samples(train_config(kind, loss=LossConfig(pixel=pixel)), [voices])(0)
+    latents = dict.fromkeys(("mean", "logvar", "landmarks"), 4 + references)
+    assert +read == Counter(latents | {"audio_hubert": 4, "frame": pictures})
+    assert sample.frame.shape == ((SIZE, SIZE, 3) if pictures else (0, 0, 3))
+
+
+def test_what_a_sample_draws_does_not_depend_on_the_pixel_loss(voices: Dataset) -> None:
+    data = {"pitch": 0.5, "flip": 0.5, "audio_noise": 0.1}
+    without = Samples(train_config(data=data, loss=WITHOUT_PIXELS), [voices])
+    with_pixels = Samples(train_config(data=data), [voices])
+    for number in range(10):
+        found = without(number)
+        assert_same(found, with_pixels(number)._replace(frame=found.frame))
+
+
+@pytest.mark.parametrize("kind", ["keyframe", "interpolation"])
+def test_whole_records_give_the_same_batches(voices: Dataset, tmp_path: Path, kind: str) -> None:
+    before = write_dataset(tmp_path / "before", CLIPS, voices.settings, format=UNGROUPED)
+    config = train_config(kind, data={"pitch": 0.5, "flip": 0.5, "audio_noise": 0.1})
+    for found, expected in zip(take(config, [before], 3), take(config, [voices], 3), strict=True):
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["box", "full", "heart", "mouth"])

@@ -1,6 +1,7 @@
 """From a run to a model directory, bit for bit."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 
 from keysync_jax.config import ModelConfig, StageKind
+from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.model import components, open_model
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
 from keysync_jax.train.config import DataConfig, InitConfig, TrainConfig
 from keysync_jax.train.export import export
+from keysync_jax.train.inputs import DatasetInput, Inputs, inputs_of
 from keysync_jax.train.optimizer import partition
 from keysync_jax.train.step import TrainState
 from tests.tiny_model import same, tensors
@@ -93,3 +96,26 @@ def test_a_run_that_does_not_fit_is_refused(tiny_model: Path, sizes: ModelConfig
     refused("was prepared with another audio_hubert.safetensors", "other")
     settle_config(tmp_path / "vae", TrainConfig(sizes.keyframe))
     refused("a VAE of other sizes", "vae")
+
+
+def test_a_run_is_asked_for_the_encoder_of_its_data_not_the_data(
+    tiny_model: Path, sizes: ModelConfig, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "place", audio="0" * 64)
+    data = DataConfig((str(tmp_path / "place"),))
+    config = write_run(tmp_path / "run", tiny_model, sizes, "keyframe", 0.5, data=data)
+    settle_config(tmp_path / "run", config, inputs_of([Dataset(tmp_path / "place")], "hubert", {}))
+    refusal = r"run: its data was prepared with another audio_hubert.safetensors than that of"
+    for _ in range(2):
+        with pytest.raises(UserError, match=refusal):
+            export([tmp_path / "run"], tmp_path / "model", tiny_model)
+        # A dataset that would fit lies in that place now; the run was not trained on it.
+        shutil.rmtree(tmp_path / "place")
+        write_dataset(tmp_path / "place")
+    assert not (tmp_path / "model").exists()
+    known = open_model(tiny_model).hashes["audio_hubert.safetensors"]
+    fitting = Inputs((DatasetInput("1" * 64, {"audio_hubert.safetensors": known}),), {})
+    fitting.save(tmp_path / "run")
+    shutil.rmtree(tmp_path / "place")
+    write_dataset(tmp_path / "place", audio="0" * 64)
+    export([tmp_path / "run"], tmp_path / "model", tiny_model)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,22 @@ def config(dataset: Path) -> TrainConfig:
 
 def with_data(config: TrainConfig, dataset: Path, **data: Any) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, paths=(str(dataset),), **data))
+
+
+def test_a_run_knows_its_data_by_content(
+    config: TrainConfig, dataset: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    place, moved, run = (tmp_path / name for name in ("place", "moved", "run"))
+    shutil.copytree(dataset, place)
+    assert train(dataclasses.replace(with_data(config, place), steps=5), run, show=False) == Outcome(5)
+    place.rename(moved)
+    write_dataset(place, lengths=(31, 40))
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"place: is not the dataset that .*/run was started with"):
+        train(dataclasses.replace(with_data(config, place), steps=8), run, show=False)
+    assert (run / "config.json").read_bytes() == before
+    assert train(dataclasses.replace(with_data(config, moved), steps=8), run, show=False) == Outcome(8)
+    assert losses(run) == losses(uninterrupted)[:8]
 
 
 def test_a_loss_that_is_not_finite(config: TrainConfig, tmp_path: Path) -> None:

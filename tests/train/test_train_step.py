@@ -322,6 +322,22 @@ def test_a_dropped_condition_is_zero_after_its_projection() -> None:
     np.testing.assert_array_equal(seen["reference"][0], clips.reference[0])
 
 
+def test_latents_are_drawn_in_fp32_of_what_is_stored_in_fp16() -> None:
+    """Every number that fp16 has, the smallest included, gives the bits that it gives as fp32."""
+    config = train_config(batch_size=248)
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    mean = np.resize(halves[np.isfinite(halves)], (248, 4, 4, 4, 4))
+    given = batch(config)._replace(mean=mean, logvar=(batch(config).logvar - 10).astype(np.float16))
+    wide = given._replace(mean=given.mean.astype(np.float32), logvar=given.logvar.astype(np.float32))
+    draw = jax.jit(partial(draw_clips, config), compiler_options=QUICK_COMPILATION)
+    for drawn, expected in zip(*(draw(x, jax.random.key(0)) for x in (given, wide)), strict=True):
+        assert drawn.dtype == expected.dtype
+        assert np.asarray(drawn).tobytes() == np.asarray(expected).tobytes()
+    still = replace(config, data=DataConfig(sample_posterior=False))
+    scaled = draw_clips(still, given, jax.random.key(0)).gt
+    np.testing.assert_array_equal(scaled, wide.mean * np.float32(config.vae.scale_factor))
+
+
 def test_latents_are_drawn_scaled_and_references_raw() -> None:
     config = train_config("interpolation", batch_size=2)
     given = batch(config)
