@@ -30,7 +30,7 @@ from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import Timeline, source_index
 from keysync_jax.media.video import VideoInfo, probe_video, read_frames, scan_timeline
 from keysync_jax.media.writer import VideoWriter, check_writable
-from keysync_jax.model import Model, model_bytes, open_model
+from keysync_jax.model import Model, model_bytes, model_folder, open_model
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
 from keysync_jax.pipeline.latents import decode_latents, encode_frames
@@ -47,7 +47,7 @@ class DubSettings:
     Attributes:
       landmarks: a `.npy` file with landmarks `[frames, 68, 2]`, or the name of a detector.
       landmark_model: the detector's model file, where it is not in the cache.
-      allow_download: fetch a detector's model file from its official address.
+      allow_download: fetch a detector's model file from its official address, and a model that is on the hub.
       occluder: masks of what lies before the face, as `media.occlusion.load_occluder` takes them; it is left
         as it is (eq. 7).
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
@@ -162,7 +162,7 @@ def dub(
       video: any file that PyAV reads; it is resampled to 25 frames a second.
       voice: any file with sound.
       output: .mp4, .m4v, .mov or .mkv.
-      model: a model directory (`keysync convert` makes one).
+      model: a model directory (`keysync convert` makes one), or one on the hub (`model.model_folder`).
 
     Raises:
       UserError: an input cannot be used; nothing was written.
@@ -174,7 +174,8 @@ def dub(
         if output.resolve() == source_file.resolve():
             raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
     source = _probe(video, voice)
-    model = model if isinstance(model, Model) else _open(Path(model), phases)
+    if not isinstance(model, Model):
+        model = _open(model_folder(model, settings.allow_download), phases)
     if model.config.keyframe.frames != FRAMES:
         raise UserError(
             f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"
