@@ -9,7 +9,7 @@ bytes are checked against the digest that the hub names: the client checks their
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,20 +162,31 @@ def locate(files: Sequence[File], allow_download: bool = False, say: Say | None 
     hub = _client(files[0].address)
     found = {file: _cached(hub, file) for file in files}
     if allow_download and not hub.constants.HF_HUB_OFFLINE:
-        asked = [_ask(hub, file, found[file]) for file in files]
-        remote = [at for at in asked if at is not None]
-        for at in remote:
-            found[at.file] = _cached(hub, at.file, at.address)
-        missing = [at for at in remote if found[at.file] is None]
-        _tell(say, [(str(at.address), _size(at.bytes), at.file) for at in missing])
-        _check_space(hub, missing)
-        for at in missing:
-            found[at.file] = _fetch(hub, at)
+        found |= _updated(hub, found, say)
     absent = [file for file, at in found.items() if at is None]
     if absent:
         _tell(say, [(str(file.address), _known_size(file), file) for file in absent])
         raise UserError(_not_cached(hub, absent))
     return [at for at in (found[file] for file in files) if at is not None]
+
+
+def _updated(
+    hub: ModuleType, found: Mapping[File, Located | None], say: Say | None
+) -> dict[File, Located | None]:
+    """What the hub has of these files in place of what was found in the cache; fetches it where need be."""
+    asked = [_ask(hub, file, cached) for file, cached in found.items()]
+    remote = [at for at in asked if at is not None]
+    now = {at.file: _cached(hub, at.file, at.address) for at in remote}
+    missing = [at for at in remote if now[at.file] is None]
+    _tell(say, [(str(at.address), _size(at.bytes), at.file) for at in missing])
+    _check_space(hub, missing)
+    for at in remote:
+        before = found[at.file]
+        if now[at.file] is None:
+            now[at.file] = _fetch(hub, at)
+        elif before is None or before.address != at.address:  # Another revision brought it.
+            _enter(hub, at)
+    return now
 
 
 @dataclass(frozen=True)
@@ -245,8 +256,8 @@ def _commit(path: str, address: Address) -> str:
 
 
 def _fetch(hub: ModuleType, remote: _Remote) -> Located:
-    """Receives a file's bytes, checks them, and lets the client enter them into its cache."""
-    asked, address, blob = remote.file.address, remote.address, _blob(hub, remote)
+    """Receives a file's bytes and checks them."""
+    address, blob = remote.address, _blob(hub, remote)
     blob.parent.mkdir(parents=True, exist_ok=True)
     if blob.exists():
         sha256 = _check_bytes(remote, blob)
@@ -258,12 +269,17 @@ def _fetch(hub: ModuleType, remote: _Remote) -> Located:
             except UserError:
                 partial.unlink()  # Nothing that comes after such bytes makes them right.
                 raise
-    with _sentences(hub, address):
-        # The bytes are there: this makes the links, and a branch's entry, and fetches nothing.
+    return Located(remote.file, address, _enter(hub, remote), sha256)
+
+
+def _enter(hub: ModuleType, remote: _Remote) -> Path:
+    """Lets the client enter into its cache a file whose bytes are there: its links, and a branch's entry."""
+    asked = remote.file.address
+    with _sentences(hub, asked):
         path = hub.hf_hub_download(asked.repo, asked.file, revision=asked.revision)
-    if _commit(path, asked) != address.revision:
+    if _commit(path, asked) != remote.address.revision:
         raise UserError(f"{asked}: was changed while it was fetched; repeat the command")
-    return Located(remote.file, address, Path(path), sha256)
+    return Path(path)
 
 
 def _blob(hub: ModuleType, remote: _Remote) -> Path:

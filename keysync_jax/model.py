@@ -27,6 +27,7 @@ from keysync_jax.config import (
 )
 from keysync_jax.errors import UserError
 from keysync_jax.files import fingerprint, new_folder, sha256_once, write_json
+from keysync_jax.hub import Address, File, is_address, locate
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.nn.stages import stage
@@ -135,7 +136,10 @@ class Model:
 
 
 def open_model(
-    folder: str | Path, progress: Progress | None = None, only: Collection[str] | None = None
+    folder: str | Path,
+    progress: Progress | None = None,
+    only: Collection[str] | None = None,
+    allow_download: bool = False,
 ) -> Model:
     """Opens a model directory and checks all of it.
 
@@ -144,13 +148,15 @@ def open_model(
     trained on. Bytes that this process has hashed already are not read again.
 
     Args:
+      folder: the directory, or one on the hub, as `model_folder` takes it.
       progress: is told of each block of bytes that was hashed.
       only: the components that will be used; the files of the others are not looked at.
+      allow_download: fetch what is on the hub and not in its client's cache.
 
     Raises:
       UserError: anything of that fails; the sentence names the file.
     """
-    folder = Path(folder)
+    folder = model_folder(folder, allow_download)
     config, hashes = _read_config(folder / "config.json")
     for component in components(config) if only is None else only:
         path = folder / f"{component}.safetensors"
@@ -163,9 +169,29 @@ def open_model(
     return Model(folder, config, hashes | _settings_hashes(config))
 
 
-def model_bytes(folder: str | Path) -> int:
+def model_folder(folder: str | Path, allow_download: bool = False) -> Path:
+    """Where a model directory lies: the path itself, or that of the hub's copy in its client's cache.
+
+    Args:
+      folder: a path, or `hub:OWNER/NAME[@REVISION][/FOLDER]`. Of a model on the hub its config and components
+        are fetched, all of one commit, and nothing else.
+      allow_download: fetch what is not in the cache; without it, a file that is not there is an error.
+
+    Raises:
+      UserError: it is on the hub and cannot be had.
+    """
+    if not is_address(folder):
+        return Path(folder)
+    (found,) = locate([File(Address.parse(folder).below("config.json"), "config of a model")], allow_download)
+    config, hashes = _read_config(found.path)
+    names = [f"{component}.safetensors" for component in components(config)]
+    locate([File(found.address.beside(n), n, sha256=hashes.get(n)) for n in names], allow_download)
+    return found.path.parent
+
+
+def model_bytes(folder: Path) -> int:
     """Bytes of the components, the total of `open_model`'s progress."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def save_model(

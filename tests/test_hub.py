@@ -130,6 +130,15 @@ def test_what_two_commits_share_is_fetched_once(hub: StandIn) -> None:
     assert fetch(file(revision=first), allow=False) == [WEIGHTS]
 
 
+def test_a_branch_is_known_later_whose_commit_was_there_before(hub: StandIn) -> None:
+    commit = hub.put("me/model", FILES)
+    fetch(file(revision=commit))
+    hub.seen.clear()
+    assert fetch(file()) == [WEIGHTS]
+    assert hub.fetched == []
+    assert fetch(file(), allow=False) == [WEIGHTS]
+
+
 def test_a_pull_request_is_a_revision(hub: StandIn) -> None:
     hub.put("me/model", FILES, "refs/pr/2")
     assert fetch(file(revision="refs/pr/2")) == [WEIGHTS]

@@ -28,10 +28,11 @@ def sources() -> dict[str, Path]:
 
 
 def data() -> set[str]:
-    """Where the files install that travel with the sources: the mouth reader, the embedded model."""
+    """Where the files install that travel with the sources: the mouth reader, the embedded model, a mark."""
     files = (ROOT / "keysync_jax").rglob("*.safetensors")
     models = (ROOT / "keysync_jax" / "models").rglob("config.json")
-    return {file.relative_to(ROOT).as_posix() for file in (*files, *models)}
+    types = (ROOT / "keysync_jax").rglob("py.typed")
+    return {file.relative_to(ROOT).as_posix() for file in (*files, *models, *types)}
 
 
 def modules(prefix: str = "keysync_jax") -> list[str]:

@@ -1,6 +1,7 @@
 """What the subcommands share."""
 
 import argparse
+from pathlib import Path
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -13,3 +14,19 @@ def keep_compiled_programs() -> None:
     from keysync_jax.media.assets import cache_folder
 
     keep_compiled(cache_folder() / "compiled")
+
+
+def add_allow_download(parser: argparse.ArgumentParser) -> None:
+    """`--allow-download`, of a subcommand that takes models; see `fetch_models`."""
+    parser.add_argument(
+        "--allow-download", action="store_true", help="fetch models that are on the hub (hub:OWNER/NAME)"
+    )
+
+
+def fetch_models(arguments: argparse.Namespace, *models: str | Path | None) -> None:
+    """With `--allow-download`, brings models of the hub into its cache, from where they are opened."""
+    from keysync_jax.model import model_folder
+
+    for model in models if arguments.allow_download else ():
+        if model is not None:
+            model_folder(model, allow_download=True)

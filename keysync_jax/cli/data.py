@@ -33,7 +33,9 @@ def add_prepare(commands: Commands) -> None:
     parser.add_argument("--landmarks", default="mediapipe", metavar="mediapipe|face_alignment")
     parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
     parser.add_argument(
-        "--allow-download", action="store_true", help="fetch the detector's model file if needed"
+        "--allow-download",
+        action="store_true",
+        help="fetch the detector's model file, and a model of the hub (hub:OWNER/NAME)",
     )
     parser.add_argument(
         "--latents", choices=("posterior", "sample"), default="posterior", help="what to store"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, keep_compiled_programs
+from keysync_jax.cli.common import Commands, add_allow_download, fetch_models, keep_compiled_programs
 from keysync_jax.errors import UserError
 
 
@@ -28,6 +28,7 @@ def add_synth_eval(commands: Commands) -> None:
         metavar="NAME=MODEL_DIR",
         help="another model, measured like a variant; may be repeated",
     )
+    add_allow_download(parser)
     parser.set_defaults(run=_synth_eval, resumable=True, less_memory="try fewer --seconds")
 
 
@@ -46,6 +47,7 @@ def _synth_eval(arguments: argparse.Namespace) -> int:
     others = dict(_named_folder(text) for text in arguments.compare)
     if len(others) < len(arguments.compare):
         raise UserError("--compare was given one name twice; every model has a name of its own")
+    fetch_models(arguments, arguments.model, *others.values())
     models = {name: open_model(folder) for name, folder in others.items()}
     model = open_model(arguments.model or DEFAULT)
     scores = evaluate(model, arguments.output, settings, models, show_progress=True)
@@ -69,6 +71,7 @@ def add_demo(commands: Commands) -> None:
     parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="default: the embedded model")
     parser.add_argument("--number", type=int, default=0, metavar="N", help="of the person (default 0)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of the clip (default 5)")
+    add_allow_download(parser)
     parser.set_defaults(run=_demo, resumable=True, less_memory="try fewer --seconds")
 
 
@@ -79,6 +82,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     if arguments.number < 0 or not 1 <= arguments.seconds <= 60:
         raise UserError("a demo takes --number 0 or more and --seconds from 1 to 60")
+    fetch_models(arguments, arguments.model)
     model = open_model(arguments.model or DEFAULT)
     found = demo(model, arguments.output, arguments.number, arguments.seconds, show_progress=True)
     print(found.phases.table())

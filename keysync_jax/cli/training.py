@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, keep_compiled_programs
+from keysync_jax.cli.common import Commands, add_allow_download, fetch_models, keep_compiled_programs
 
 
 def add_train(commands: Commands) -> None:
@@ -12,6 +12,7 @@ def add_train(commands: Commands) -> None:
 
     parser = commands.add_parser("train", help="train one stage")
     add_arguments(parser)
+    add_allow_download(parser)
     less = "try a smaller batch_size with optimizer.accumulate, remat=layer, or a larger mesh.fsdp"
     parser.set_defaults(run=run_train, resumable=True, less_memory=less)
 
@@ -19,7 +20,13 @@ def add_train(commands: Commands) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     """Trains; returns the exit code. The one subcommand that takes `--config.x.y=v`."""
     from keysync_jax.launch.train import run
+    from keysync_jax.train.config import TrainConfig
+    from keysync_jax.train.config_file import load_config
 
+    if arguments.allow_download:
+        config = load_config(arguments.config, arguments.overrides)
+        if isinstance(config, TrainConfig):
+            fetch_models(arguments, config.init.path, config.init.vae)
     return run(arguments, arguments.overrides)
 
 
@@ -39,6 +46,7 @@ def add_init(commands: Commands) -> None:
         help="begin with its stages' weights where the sizes agree",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
+    add_allow_download(parser)
     parser.set_defaults(run=_init, resumable=False, less_memory="run it on the CPU")
 
 
@@ -46,6 +54,7 @@ def _init(arguments: argparse.Namespace) -> int:
     keep_compiled_programs()
     from keysync_jax.train.config_file import load_stage_config
 
+    fetch_models(arguments, arguments.stages)
     stages = (load_stage_config(arguments.keyframe), load_stage_config(arguments.interpolation))
     from keysync_jax.train.new_model import new_model
 

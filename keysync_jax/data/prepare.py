@@ -41,7 +41,7 @@ from keysync_jax.files import sha256_of, write_json
 from keysync_jax.media.detectors import DETECTORS, make_detector
 from keysync_jax.media.pitch import check_semitones, shifted
 from keysync_jax.media.timeline import FPS
-from keysync_jax.model import DTYPES, Model, Network, model_bytes, open_model
+from keysync_jax.model import DTYPES, Model, Network, model_bytes, model_folder, open_model
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.latents import encode_posterior
 from keysync_jax.pipeline.phases import Phases
@@ -66,7 +66,7 @@ class PrepareSettings:
       pitch: semitones, up or down, by which the voice is shifted for further features of every encoder.
       landmarks: detector for the clips that have no `.npy` file of landmarks beside them.
       landmark_model: the detector's model file, where it is not in the cache.
-      allow_download: fetch a detector's model file from its official address.
+      allow_download: fetch a detector's model file from its official address, and a model that is on the hub.
       latents: store the posterior, from which training samples anew, or one sample of it.
       seed: of stored samples.
       dtype: "fp32", "tf32" or "bf16", of the VAE's computation; audio features are fp32.
@@ -157,7 +157,8 @@ def prepare(
       source: a folder of videos (searched with its subfolders), a video, a `.txt` file that lists videos, a
         list of videos and folders, or the reference's own folders with precomputed latents.
       output: folder of the dataset.
-      model: a model directory, for its VAE and audio encoders; precomputed latents need none.
+      model: a model directory, or one on the hub (`model.model_folder`), for its VAE and audio encoders;
+        precomputed latents need none.
 
     Raises:
       UserError: an argument cannot be used, or not one clip can.
@@ -166,8 +167,9 @@ def prepare(
     output, settings, phases = Path(output), settings or PrepareSettings(), Phases(show=show_progress)
     clips = find_clips(source)
     if isinstance(model, str | Path):
-        with phases.phase("checking", model_bytes(model), "B") as advance:
-            model = open_model(model, advance)
+        folder = model_folder(model, settings.allow_download)
+        with phases.phase("checking", model_bytes(folder), "B") as advance:
+            model = open_model(folder, advance)
     maker: _Maker
     if is_reference_layout(source):
         maker = _FromPrecomputed(clips, settings, model)

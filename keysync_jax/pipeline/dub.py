@@ -31,7 +31,7 @@ from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import Timeline, source_index
 from keysync_jax.media.video import VideoInfo, probe_video, read_frames, scan_timeline
 from keysync_jax.media.writer import VideoWriter, check_writable
-from keysync_jax.model import Model, model_bytes, open_model
+from keysync_jax.model import Model, model_bytes, model_folder, open_model
 from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
@@ -49,7 +49,7 @@ class DubSettings:
     Attributes:
       landmarks: a `.npy` file with landmarks `[frames, 68, 2]`, or the name of a detector.
       landmark_model: the detector's model file, where it is not in the cache.
-      allow_download: fetch a detector's model file from its official address.
+      allow_download: fetch a detector's model file from its official address, and a model that is on the hub.
       occluder: masks of what lies before the face, as `media.occlusion.Occluder` takes them; it is left as it
         is (eq. 7).
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
@@ -164,7 +164,7 @@ def dub(
       video: any file that PyAV reads; it is resampled to 25 frames a second.
       voice: any file with sound.
       output: .mp4, .m4v, .mov or .mkv.
-      model: a model directory (`keysync convert` makes one).
+      model: a model directory (`keysync convert` makes one), or one on the hub (`model.model_folder`).
 
     Raises:
       UserError: an input cannot be used; nothing was written.
@@ -178,7 +178,8 @@ def dub(
     source = _probe(video, voice)
     given = _given_landmarks(source, settings)
     occluder = _given_occluder(source, settings)
-    model = model if isinstance(model, Model) else _open(Path(model), phases)
+    if not isinstance(model, Model):
+        model = _open(model_folder(model, settings.allow_download), phases)
     if model.config.keyframe.frames != FRAMES:
         raise UserError(
             f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"

@@ -57,7 +57,7 @@ class InitConfig:
         does; "keysync": the stage of a model directory.
       path: the checkpoint, or the model directory.
       vae: VAE's weights, needed by the pixel loss and the preview: a model directory, or SVD's
-        checkpoint in either layout; empty: random (for tests).
+        checkpoint in either layout; empty: random (for tests). A model directory may be on the hub.
       lpips_trunk, lpips_heads: weights of the LPIPS pixel loss: torchvision's VGG16 or AlexNet, and
         the `lpips` package's linear heads for it.
     """

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
-from keysync_jax.model import open_model
+from keysync_jax.model import model_folder, open_model
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.train.autoencoder import FrameSamples, VAEStep, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
@@ -179,8 +179,9 @@ def _model_hashes(config: TrainConfig) -> dict[str, str]:
     The VAE is that of `init.vae`; the encoders are those of the stage's model, else of the VAE's.
     """
     hashes: dict[str, str] = {}
-    if config.init.vae and (Path(config.init.vae) / "vae.safetensors").is_file():
-        hashes |= open_model(config.init.vae, only=()).hashes
+    vae = model_folder(config.init.vae)
+    if config.init.vae and (vae / "vae.safetensors").is_file():
+        hashes |= open_model(vae, only=()).hashes
     if config.init.kind == "keysync" and config.init.path:
         stage = open_model(config.init.path, only=()).hashes
         hashes |= {file: sha256 for file, sha256 in stage.items() if file != "vae.safetensors"}

@@ -11,7 +11,7 @@ from keysync_jax.config import LogMelConfig, ModelConfig
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.files import check_new_folder
-from keysync_jax.model import Network, open_model, save_model
+from keysync_jax.model import Network, model_folder, open_model, save_model
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.vae import VAE
 from keysync_jax.pipeline.latents import encode_posterior
@@ -62,7 +62,7 @@ def new_model(
     origins = {kind: "untrained" for kind in stages}
     tensors = {kind: random_weights(shapes(make_stage(c))[1], c.seed) for kind, c in stages.items()}
     if stages_from is not None:
-        tensors, origins = _warm(tensors, Path(stages_from))
+        tensors, origins = _warm(tensors, model_folder(stages_from))
     config = read_config(run)
     if not isinstance(config, VAETrainConfig):
         raise UserError(f"{run}: is the run of a stage, not of a VAE")

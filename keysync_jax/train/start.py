@@ -17,7 +17,7 @@ from keysync_jax.convert.table import Row, Table, under
 from keysync_jax.convert.unet import UNET_PREFIX, diffusers_key, unet_rows
 from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table, is_engine_layout, vae_config
 from keysync_jax.errors import UserError
-from keysync_jax.model import DTYPES, Network, open_model
+from keysync_jax.model import DTYPES, Network, model_folder, open_model
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.lpips import LPIPSConfig
 from keysync_jax.nn.stages import stage
@@ -35,14 +35,16 @@ def first_weights(config: TrainConfig) -> Weights:
     Raises:
       UserError: the checkpoint cannot be read, or is not of this network.
     """
-    kind, path = config.init.kind, Path(config.init.path)
+    kind = config.init.kind
     if kind == "none":
         return random_weights(shapes(lambda rngs: stage(config.stage, rngs=rngs))[1], config.seed)
     if not config.init.path:
         raise UserError(
             f"init.path is empty: init.kind={kind} needs a checkpoint; give --config.init.path=PATH"
         )
-    return _from_svd(config, path) if kind == "svd" else _from_keysync(config.stage, path)
+    if kind == "svd":
+        return _from_svd(config, Path(config.init.path))
+    return _from_keysync(config.stage, model_folder(config.init.path))
 
 
 def random_weights(wanted: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> Weights:
@@ -183,7 +185,7 @@ def _vae_weights(config: TrainConfig) -> tuple[VAEConfig, Weights]:
                 "give --config.init.vae=PATH, or set loss.pixel=none"
             )
         return config.vae, random_weights(vae_shapes(config).params, config.seed)
-    path = Path(config.init.vae)
+    path = model_folder(config.init.vae)
     if (path / "vae.safetensors").is_file():
         model = open_model(path, only=["vae"])
         _check_same_vae(path, model.config.vae, config.vae)
