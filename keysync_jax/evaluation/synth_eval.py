@@ -341,10 +341,10 @@ def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = Fa
 def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
     """Makes the folder and notes what it is for, or checks that it was begun for the same."""
     world = {"world": FORMAT, "seconds": settings.seconds, "seed": settings.seed}
-    settle(output / SETTINGS, {**_identity(model), **world}, "dubs", "another model or other clips")
+    settle(output / SETTINGS, {**identity(model), **world}, "dubs", "another model or other clips")
 
 
-def _identity(model: Model) -> dict[str, Any]:
+def identity(model: Model) -> dict[str, Any]:
     """Which model it is, whatever the code; JSON can hold it."""
     config = model.config
     settings = {"guidance": asdict(config.guidance), "mask": config.mask, "steps": config.steps}
