@@ -242,6 +242,9 @@ def _from_torch(tensor: Any, name: str, path: Path) -> np.ndarray:
         torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
     }
     try:
+        # A tensor that repeats its memory may be of any size, whatever the file's is.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: tensor {name!r} is larger than what the file holds of it")
         if tensor.dtype in relabelled:
             bits, dtype = relabelled[tensor.dtype]
             array = tensor.detach().view(bits).numpy().view(dtype)
