@@ -257,13 +257,8 @@ def _from_torch(tensor: Any, name: str, path: Path) -> np.ndarray:
 
 
 def write_deepspeed(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a `.pt` that the release loads; `path` is in a folder that appears when it is complete.
-
-    Raises:
-      UserError: torch is not installed.
-    """
-    with needed_for(f"{path}: writing it"):
-        import torch
+    """Writes a `.pt` that the release loads; `path` is in a folder that appears when it is complete."""
+    import torch
 
     def converted(x: np.ndarray) -> Any:
         # torch takes no bfloat16 from numpy.
