@@ -12,6 +12,8 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# What .venv holds is told by two stamps: the package with what it imports, then everything else.
+BASE := $(VENV)/base
 INSTALLED := $(VENV)/installed
 # Top-level folders that install as packages of keysync_jax (package_dir in setup.cfg).
 MAPPED := convert configs launch
@@ -25,15 +27,19 @@ help:  ## List the targets
 
 install: $(INSTALLED)  ## Set up .venv with the package (editable), its tests' and its tools' requirements
 
-# mediapipe brings a cv2 that needs libGL; the headless one, put over it, does not.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(BASE): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 with venv is needed (make PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+# mediapipe brings a cv2 that needs libGL; the headless one, put over it, does not.
+$(INSTALLED): $(BASE)
 	$(PIP_INSTALL) -e '.[dev]'
 	$(PIP_INSTALL) --no-deps --force-reinstall opencv-python-headless
 	@touch $@
 
-demo: $(INSTALLED)  ## Dub a synthetic clip with the embedded model and measure the result, in ./demo
+demo: $(BASE)  ## Dub a synthetic clip with the embedded model and measure the result, in ./demo
 	JAX_PLATFORMS=cpu $(BIN)/keysync demo -o demo
 
 test: $(INSTALLED)  ## Run the tests (PYTEST_FLAGS: which, how)

@@ -267,6 +267,9 @@ def _from_torch(tensor: Any, name: str, path: Path) -> np.ndarray:
         torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
     }
     try:
+        # A tensor that repeats its memory may be of any size, whatever the file's is.
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: tensor {name!r} is larger than what the file holds of it")
         if tensor.dtype in relabelled:
             bits, dtype = relabelled[tensor.dtype]
             array = tensor.detach().view(bits).numpy().view(dtype)
@@ -279,13 +282,8 @@ def _from_torch(tensor: Any, name: str, path: Path) -> np.ndarray:
 
 
 def write_deepspeed(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a `.pt` that the release loads; `path` is in a folder that appears when it is complete.
-
-    Raises:
-      UserError: torch is not installed.
-    """
-    with needed_for(f"{path}: writing it"):
-        import torch
+    """Writes a `.pt` that the release loads; `path` is in a folder that appears when it is complete."""
+    import torch
 
     def converted(x: np.ndarray) -> Any:
         # torch takes no bfloat16 from numpy.

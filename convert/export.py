@@ -16,6 +16,7 @@ from keysync_jax.convert.table import Table
 from keysync_jax.convert.unet import diffusers_unet_table, stage_table
 from keysync_jax.convert.vae import diffusers_vae_table, engine_vae_table
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for, require
 from keysync_jax.files import new_folder, write_json
 from keysync_jax.model import Model, maker, open_model
 from keysync_jax.nn.functional import shapes
@@ -49,6 +50,9 @@ def export_torch(
     model, output = open_model(folder), Path(output)
     if pickled and layout == "diffusers":
         raise UserError("diffusers' folders hold safetensors files; .pt is for the reference's layout")
+    if pickled:
+        with needed_for(f"{output}: writing .pt files"):
+            require("torch")
     with new_folder(output) as partial:
         if layout == "reference":
             _write_reference(model, partial, pickled)

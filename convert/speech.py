@@ -193,7 +193,8 @@ def speech_config_from_microsoft(cfg: Mapping[str, Any], source: str = "cfg") ->
 
 def _require(values: Mapping[str, Any], needed: Mapping[str, Any], source: str) -> None:
     for key, wanted in needed.items():
-        if values.get(key, wanted) != wanted:
+        found = values.get(key, wanted)
+        if type(found) is not type(wanted) or found != wanted:  # A tensor has no truth.
             raise UserError(
                 f"{source}: {key} is {values[key]!r}, only base models with {wanted!r} "
                 "(HuBERT-base, wav2vec2-base, WavLM-Base+) can be used"
@@ -205,18 +206,30 @@ def _checked(values: dict[str, Any], source: str) -> SpeechConfig:
     return from_dict(SpeechConfig, values, source)
 
 
+_MOST_CONVOLUTIONS = 100
+_LONGEST_TEXT = 1000
+"""Characters that tell the convolutions; the released file has 41."""
+
+
 def _conv_layers(text: Any, source: str) -> tuple[list[int], list[int], list[int]]:
     """Widths, kernels and strides from e.g. `"[(512,10,5)] + [(512,3,2)] * 4"`, without running it."""
     try:
+        if len(text) > _LONGEST_TEXT:
+            raise ValueError("too long")
         layers = _literal(ast.parse(text, mode="eval").body)
         dim, kernel, stride = (list(column) for column in zip(*layers, strict=True))
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise UserError(f"{source}: conv_feature_layers {text!r} cannot be read") from error
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise UserError(f"{source}: conv_feature_layers {text!r:.80} cannot be read") from error
     return dim, kernel, stride
 
 
 def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-        left, right = _literal(node.left), _literal(node.right)
-        return left + right if isinstance(node.op, ast.Add) else left * right
-    return ast.literal_eval(node)
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult)):
+        return ast.literal_eval(node)
+    left, right = _literal(node.left), _literal(node.right)
+    if isinstance(node.op, ast.Add):
+        return left + right
+    layers, times = (left, right) if isinstance(left, list) else (right, left)
+    if len(layers) * times > _MOST_CONVOLUTIONS:
+        raise ValueError("too many layers")
+    return layers * times

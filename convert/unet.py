@@ -170,7 +170,7 @@ def stage_config(
       head_dim: width of an attention head, which no shape tells.
       source: what an error calls the checkpoint.
     """
-    shape = _Shapes(tensors, source)
+    shape = CheckpointShapes(tensors, source)
     unet = _unet_config(shape, head_dim)
     expected = {"keyframe": 2 * unet.out_channels, "interpolation": 2 * unet.out_channels + 1}[kind]
     if unet.in_channels != expected:
@@ -178,29 +178,32 @@ def stage_config(
             f"{source}: its U-Net takes {unet.in_channels} channels, the {kind} stage takes {expected}; "
             "are the two stages' checkpoints swapped?"
         )
-    sizes = {"latent_size": shape("model.learned_mask")[1]} if kind == "interpolation" else {}
-    audio_dim = shape("conditioner.embedders.2.linear.weight")[1]
+    sizes = {"latent_size": shape("model.learned_mask", 3)[1]} if kind == "interpolation" else {}
+    audio_dim = shape("conditioner.embedders.2.linear.weight", 2)[1]
     return StageConfig(kind, encoder, unet, audio_dim=audio_dim, **sizes)
 
 
-class _Shapes:
-    """Shapes of a checkpoint's tensors by name, with a sentence for one that is missing."""
+class CheckpointShapes:
+    """Shapes of a checkpoint's tensors by name; a sentence for one that is missing or has other axes."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray], source: str):
         self.tensors, self.source = tensors, source
 
-    def __call__(self, key: str) -> tuple[int, ...]:
+    def __call__(self, key: str, rank: int) -> tuple[int, ...]:
         if key not in self.tensors:
             raise UserError(f"{self.source}: tensor {key!r} is missing")
-        return tuple(self.tensors[key].shape)
+        shape = tuple(self.tensors[key].shape)
+        if len(shape) != rank:
+            raise UserError(f"{self.source}: tensor {key!r} has shape {list(shape)}, not {rank} axes")
+        return shape
 
     def __contains__(self, key: str) -> bool:
         return key in self.tensors
 
 
-def _unet_config(shape: _Shapes, head_dim: int) -> UNetConfig:
+def _unet_config(shape: CheckpointShapes, head_dim: int) -> UNetConfig:
     name = UNET_PREFIX + "{}"
-    conv_in = shape(name.format("input_blocks.0.0.weight"))
+    conv_in = shape(name.format("input_blocks.0.0.weight"), 4)
     widths: list[int] = []
     attention_levels: list[int] = []
     layers, block = 0, 1
@@ -208,7 +211,7 @@ def _unet_config(shape: _Shapes, head_dim: int) -> UNetConfig:
         resnet = name.format(f"input_blocks.{block}.0.in_layers.2.weight")
         if resnet in shape:
             layers += 1 if not widths else 0
-            width, level = shape(resnet)[0], len(widths)
+            width, level = shape(resnet, 4)[0], len(widths)
             attends = name.format(f"input_blocks.{block}.1.norm.weight") in shape
             block += 1
             last_of_level = name.format(f"input_blocks.{block}.0.in_layers.2.weight") not in shape
@@ -220,13 +223,15 @@ def _unet_config(shape: _Shapes, head_dim: int) -> UNetConfig:
             block += 1
         else:
             break
+    if not widths:
+        shape(name.format("input_blocks.1.0.in_layers.2.weight"), 4)  # Says that it is missing.
     return UNetConfig(
         in_channels=conv_in[1],
-        out_channels=shape(name.format("out.2.weight"))[0],
+        out_channels=shape(name.format("out.2.weight"), 4)[0],
         block_out_channels=tuple(widths),
         layers_per_block=layers,
         attention_levels=tuple(attention_levels),
         head_dim=head_dim,
-        cross_attention_dim=shape(name.format("middle_block.1.transformer_blocks.0.attn2.to_k.weight"))[1],
-        addition_embed_dim=shape(name.format("label_emb.0.0.weight"))[1],
+        cross_attention_dim=shape(name.format("middle_block.1.transformer_blocks.0.attn2.to_k.weight"), 2)[1],
+        addition_embed_dim=shape(name.format("label_emb.0.0.weight"), 2)[1],
     )

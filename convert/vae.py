@@ -8,8 +8,7 @@ import numpy as np
 
 from keysync_jax.config import VAEConfig
 from keysync_jax.convert.table import CONV1X1, CONV2D, CONV_TIME, LINEAR, Op, Row, Table, affine, norm, under
-from keysync_jax.convert.unet import Shapes, diffusers_key, present
-from keysync_jax.errors import UserError
+from keysync_jax.convert.unet import CheckpointShapes, Shapes, diffusers_key, present
 
 ENGINE_PREFIX = "first_stage_model."
 
@@ -128,17 +127,14 @@ def vae_config(tensors: Mapping[str, np.ndarray], source: str) -> VAEConfig:
         + ("encoder.down.{}.block.{}" if engine else "encoder.down_blocks.{}.resnets.{}")
         + ".conv1.weight"
     )
-    widths: list[int] = []
-    while (key := resnet.format(len(widths), 0)) in tensors:
-        widths.append(tensors[key].shape[0])
-    conv_in = f"{prefix}decoder.conv_in.weight"
-    if not widths or conv_in not in tensors:
-        missing = resnet.format(0, 0) if not widths else conv_in
-        raise UserError(f"{source}: tensor {missing!r} is missing")
+    shape = CheckpointShapes(tensors, source)
+    widths = [shape(resnet.format(0, 0), 4)[0]]
+    while (key := resnet.format(len(widths), 0)) in shape:
+        widths.append(shape(key, 4)[0])
     layers = sum(resnet.format(0, j) in tensors for j in range(64))
     return VAEConfig(
         block_out_channels=tuple(widths),
         layers_per_block=layers,
-        latent_channels=tensors[conv_in].shape[1],
+        latent_channels=shape(f"{prefix}decoder.conv_in.weight", 4)[1],
         quant_conv=not engine and "quant_conv.weight" in tensors,
     )

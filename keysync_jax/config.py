@@ -27,6 +27,34 @@ Remat = Literal["none", "block", "layer"]
 """What a backward pass computes again instead of keeping it: nothing; the inside of each resnet and
 transformer; that, and of each layer of a transformer once more (least memory, one more forward pass)."""
 
+LARGEST_SIZE = 1 << 20
+"""Of a width, a kernel or a number of frames."""
+MOST_LAYERS = 256
+"""Of a network, of a level, or levels."""
+
+
+def _check_sizes(config: Any, what: str, zero: tuple[str, ...] = ()) -> None:
+    """Refuses whole numbers that no network has, before one is built of them: a file may say anything.
+
+    Args:
+      what: begins the sentence, e.g. `"the U-Net"`.
+      zero: attributes that may be 0, or an empty tuple.
+
+    Raises:
+      UserError: names the attribute.
+    """
+    for spec in dataclasses.fields(config):
+        if spec.type not in (int, tuple[int, ...]):
+            continue
+        name, value = spec.name, getattr(config, spec.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        least, most = 0 if name in zero else 1, MOST_LAYERS if "layers" in name else LARGEST_SIZE
+        if not least <= len(numbers) <= MOST_LAYERS:
+            raise UserError(f"{what}: {name} has {len(numbers)} entries, not {least} to {MOST_LAYERS}")
+        for number in numbers:
+            if not least <= number <= most:
+                raise UserError(f"{what}: {name} is {number}, not {least} to {most}")
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -55,6 +83,7 @@ class UNetConfig:
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "a U-Net", zero=("attention_levels",))
         attended = [w for i, w in enumerate(self.block_out_channels) if i in self.attention_levels]
         # The middle block, at the last level's width, always has attention.
         for width in [*attended, self.block_out_channels[-1]]:
@@ -90,6 +119,9 @@ class VAEConfig:
     quant_conv: bool = False
     scale_factor: float = 0.18215
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, "a VAE")
+
     @property
     def factor(self) -> int:
         """Pixels to a latent cell, along each side."""
@@ -113,6 +145,9 @@ class StageConfig:
     audio_dim: int = 768
     frames: int = 14
     latent_size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, f"the {self.kind} stage")
 
 
 @dataclass(frozen=True)
@@ -165,6 +200,7 @@ class SpeechConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        _check_sizes(self, self.kind, zero=("num_hidden_layers",))
         if not len(self.conv_dim) == len(self.conv_kernel) == len(self.conv_stride) >= 1:
             raise UserError(f"{self.kind}: conv_dim, conv_kernel and conv_stride must have one entry a layer")
         for what, parts in (
@@ -224,6 +260,7 @@ class LogMelConfig:
     def __post_init__(self) -> None:
         if self.bands < 1 or self.context < 0:
             raise UserError(f"logmel: {self.bands} bands with a context of {self.context} are no vector")
+        _check_sizes(self, "logmel", zero=("context",))
         if not 0 <= self.lowest_hz < self.highest_hz <= 8000:
             raise UserError(
                 f"logmel: bands from {self.lowest_hz:g} to {self.highest_hz:g} Hz do not lie within 0 to 8000"

@@ -204,10 +204,11 @@ class _DoubledError(Exception):
 
 
 def _refuse_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DoubledError(next(key for key in keys if keys.count(key) > 1))
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise _DoubledError(key)
+        entries[key] = value
     return entries
 
 

@@ -118,7 +118,9 @@ def test_pickles_cannot_be_written_without_torch(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     command = ["export", str(DEFAULT), "--to", "reference", "--pickled", "-o", str(tmp_path / "made")]
     assert main(command) == 2
-    assert "writing it needs torch, which is not installed: pip install" in capsys.readouterr().err
+    assert (
+        "made: writing .pt files needs torch, which is not installed: pip install" in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -161,6 +161,9 @@ def test_an_unknown_key_names_the_nearest(copy: Path) -> None:
         ({"kind": "frame"}, "kind: 'frame' is not 'keyframe' or 'interpolation'"),
         ({"unet": {"block_out_channels": [32, True]}}, "True is not int"),
         ({"unet": {"head_dim": 48}}, "not a multiple of the head size 48"),
+        ({"unet": {"layers_per_block": 10**9}}, "layers_per_block is 1000000000, not 1 to 256"),
+        ({"unet": {"block_out_channels": []}}, "block_out_channels has 0 entries"),
+        ({"frames": 0}, "the keyframe stage: frames is 0"),
     ],
 )
 def test_a_config_of_the_wrong_types(change: dict[str, Any], sentence: str) -> None:

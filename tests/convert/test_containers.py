@@ -278,6 +278,15 @@ def test_sparse_tensors_are_refused_by_name(tmp_path):
         open_tensors(tmp_path / "a.pt")["s"]
 
 
+def test_a_tensor_larger_than_its_file_is_refused_by_name(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"s": torch.zeros(1).expand(10**12)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="tensor 's' is larger than what the file holds of it"):
+        open_tensors(tmp_path / "a.pt")["s"]
+    torch.save({"s": torch.arange(6.0).reshape(2, 3).T}, tmp_path / "b.pt")
+    np.testing.assert_array_equal(open_tensors(tmp_path / "b.pt")["s"], [[0, 3], [1, 4], [2, 5]])
+
+
 def test_folders_that_are_no_model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()

@@ -138,6 +138,31 @@ def test_a_stage_without_one_tensor_is_refused(checkpoints: Checkpoints, tmp_pat
     refused(checkpoints, tmp_path, rf"tensor '{key}' has shape \[31\]", keyframe=broken)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.weight",
+        "model.learned_mask",
+    ],
+)
+def test_a_stage_whose_sizes_cannot_be_told_is_refused(golden: Path, key: str) -> None:
+    tensors = tiny(golden, "interpolation")[0]
+    with pytest.raises(UserError, match=rf"source: tensor '{key}' has shape \[\], not"):
+        stage_config("interpolation", {**tensors, key: np.zeros(())}, "hubert", HEAD_DIM, "source")
+    begin = f"{key.rpartition('.')[0]}." if "blocks" in key else key
+    without = {k: v for k, v in tensors.items() if not k.startswith(begin)}
+    with pytest.raises(UserError, match=rf"source: tensor '{key}' is missing"):
+        stage_config("interpolation", without, "hubert", HEAD_DIM, "source")
+
+
+def test_a_vae_whose_sizes_cannot_be_told_is_refused(golden: Path) -> None:
+    tensors = tiny(golden, "first_stage")[0]
+    key = "first_stage_model.decoder.conv_in.weight"
+    with pytest.raises(UserError, match=rf"source: tensor '{key}' has shape \[3\], not 4 axes"):
+        vae_config({**tensors, key: np.zeros(3)}, "source")
+
+
 def test_released_weights_fed_by_the_wrong_encoder_are_refused(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
@@ -153,6 +178,8 @@ def test_released_weights_fed_by_the_wrong_encoder_are_refused(
 def test_a_head_size_that_cannot_be_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="width of 32 is not a multiple of the head size 64"):
         convert(checkpoints, tmp_path / "model")
+    with pytest.raises(UserError, match="a U-Net: head_dim is 0"):
+        convert(checkpoints, tmp_path / "model", head_dim=0)
 
 
 def test_an_existing_folder_is_not_overwritten(checkpoints: Checkpoints, tmp_path: Path) -> None:

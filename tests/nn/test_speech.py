@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -252,6 +253,44 @@ class TestConfigs:
         values.pop("num_buckets")
         with pytest.raises(UserError, match="'num_buckets' is missing"):
             speech_config_from_microsoft(values)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "[(512, 10, 5)] * 1000000000",
+            "10000 * [(512, 10, 5)] * 10000",
+            "'a' * 1000000000",
+            "[(1, 1, 1)] + " * 5000 + "[]",
+            "[(1, 1, 1)]" + " * 1" * 5000,
+        ],
+    )
+    def test_layers_without_a_bound_are_refused_at_once(self, text):
+        values = {**wavlm_golden()[0], "conv_feature_layers": text}
+        begun = time.process_time()
+        with pytest.raises(UserError, match=r"conv_feature_layers .* cannot be read") as error:
+            speech_config_from_microsoft(values)
+        assert time.process_time() - begun < 1
+        assert len(str(error.value)) < 200
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("num_hidden_layers", 10**9),
+            ("num_hidden_layers", -1),
+            ("num_attention_heads", 0),
+            ("hidden_size", 12 << 20),
+            ("num_conv_pos_embeddings", -1),
+            ("conv_dim", []),
+            ("conv_stride", [2] * 1000),
+        ],
+    )
+    def test_sizes_that_no_encoder_has_are_refused_before_it_is_built(self, key, value):
+        with pytest.raises(UserError, match=rf"hubert: {key} (is|has)"):
+            speech_config_from_transformers({"model_type": "hubert", key: value})
+
+    def test_a_setting_that_is_a_tensor_is_another_value(self):
+        with pytest.raises(UserError, match="normalize is"):
+            speech_config_from_microsoft({**wavlm_golden()[0], "normalize": np.zeros(2)})
 
     def test_receptive_field(self):
         config = SpeechConfig("hubert")

@@ -165,6 +165,7 @@ class TestConfig:
             ({"floor": 0.0}, "floor and std must be positive"),
             ({"std": -1.0}, "floor and std must be positive"),
             ({"bands": 128}, "128 bands are too many"),
+            ({"bands": 10**9}, "bands is 1000000000"),
         ],
     )
     def test_unusable_settings_are_refused(self, settings: dict[str, Any], sentence: str) -> None:
