@@ -40,16 +40,16 @@ SETTINGS = Settings(
 )
 
 
-def record(clip: int, frame: int, latents: str = "posterior") -> dict[str, np.ndarray]:
+def record(clip: int, frame: int, latents: str = "posterior", channels: int = 4) -> dict[str, np.ndarray]:
     """The left half of everything is 0, the right one tells clip and frame."""
     dtype = np.float16 if latents == "posterior" else np.float32
     right = np.arange(LATENT)[None, :, None] >= LATENT // 2
-    mean = np.where(right, np.array(100 * clip + frame), 0) * np.ones((LATENT, LATENT, 4))
+    mean = np.where(right, np.array(100 * clip + frame), 0) * np.ones((LATENT, LATENT, channels))
     picture = np.zeros((SIZE, SIZE, 3), np.uint8)
     picture[:, SIZE // 2 :] = frame % 250
     moments = {"mean": mean.astype(dtype)}
     if latents == "posterior":
-        moments["logvar"] = np.full((LATENT, LATENT, 4), -3 - clip, dtype)
+        moments["logvar"] = np.full((LATENT, LATENT, channels), -3 - clip, dtype)
     return {
         **moments,
         "landmarks": face_landmarks(frame + 1, SIZE, SIZE)[frame] / 4,
@@ -78,10 +78,11 @@ def write_dataset(
     settings: Settings = SETTINGS,
     number: int = 0,
     format: str = FORMAT,
+    channels: int = 4,
 ) -> Dataset:
     """A dataset of clips with that many frames, or with a bool `[T]` that tells where there is a face.
 
-    number: of the first clip, as the arrays tell it.
+    number: of the first clip, as the arrays tell it. channels: of the latents.
     """
     folder.mkdir()
     infos, shards = [], []
@@ -98,7 +99,7 @@ def write_dataset(
                 infos.append(info)
                 frames = []
                 for frame in range(len(present)):
-                    arrays = record(number + i, frame, settings.latents)
+                    arrays = record(number + i, frame, settings.latents, channels)
                     arrays |= {
                         audio_name(kind, shift): shifted_features(arrays[audio_name(kind)], shift)
                         for kind in settings.encoders

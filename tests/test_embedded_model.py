@@ -9,6 +9,8 @@ import pytest
 
 from keysync_jax.cli import main
 from keysync_jax.config import GuidanceConfig
+from keysync_jax.data.prepare import prepare
+from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation.demo import demo, side_by_side
 from keysync_jax.evaluation.pairs import Pair
@@ -26,6 +28,7 @@ from keysync_jax.media.video import read_frames
 from keysync_jax.metrics.mouth import MouthReader
 from keysync_jax.metrics.quality import psnr
 from keysync_jax.model import DEFAULT, Model, open_model
+from keysync_jax.synthetic.write import SynthSettings, synth
 
 SEED, SECONDS = 3_000_003, 2.0
 LARGEST = 30_000_000
@@ -210,3 +213,14 @@ def test_bad_calls_get_a_sentence(
     assert main([word.replace("OUT", output) for word in command]) == 2
     assert sentence in capsys.readouterr().err
     assert not Path(output).exists()
+
+
+def test_datasets_of_the_embedded_model_are_whole(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its latents have 8 channels, not SVD's 4."""
+    synth(tmp_path / "clips", SynthSettings(clips=1, seconds=0.6, seed=SEED))
+    assert prepare(tmp_path / "clips", tmp_path / "dataset", model).done == 1
+    assert Dataset(tmp_path / "dataset").settings.latent_channels == model.config.vae.latent_channels == 8
+    assert main(["prepare", "--check", str(tmp_path / "dataset")]) == 0
+    assert "every shard and record is whole" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from contextlib import suppress
 from keysync_jax import __version__
 from keysync_jax.cli import benchmark, data, dubbing, evaluation, models, training
 from keysync_jax.cli.stopping import Stopped, stopping_in_order
-from keysync_jax.errors import UserError
+from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.extras import needed_for
 from keysync_jax.files import FULL_DISK
 
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    goes_on = "; the same command goes on where this one was" if arguments.resumable else ""
     try:
         with needed_for(f"keysync {arguments.command}"):
             return int(arguments.run(arguments))
@@ -44,15 +45,17 @@ def _run(arguments: argparse.Namespace) -> int:
         return _fail(str(error))
     except KeyboardInterrupt as error:
         how = str(error) if isinstance(error, Stopped) else "interrupted"
-        goes_on = "; the same command goes on where this one was" if arguments.resumable else ""
         return _fail(how + goes_on, error.code if isinstance(error, Stopped) else 130)
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            return _fail(f"the disk is full ({error.filename or 'while writing'})")
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            return _fail(f"{error.filename}: {error.strerror}; raise the limit (ulimit -n)")
-        if error.filename is not None and error.strerror is not None:
-            return _fail(f"{error.filename}: {error.strerror}")
+    except (OSError, MemoryError) as error:
+        fault = machine_fault(error)
+        if fault is not None and fault.errno in FULL_DISK:
+            return _fail(f"the disk is full ({fault.filename or 'while writing'}){goes_on}")
+        if fault is not None and fault.errno in (errno.EMFILE, errno.ENFILE):
+            return _fail(f"{fault.filename}: {fault.strerror}; raise the limit (ulimit -n){goes_on}")
+        if fault is not None:
+            return _fail(f"{fault.filename or 'the machine'}: {fault.strerror}{goes_on}")
+        if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+            return _fail(f"{error.filename}: {error.strerror}{goes_on}")
         raise
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):

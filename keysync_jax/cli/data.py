@@ -47,6 +47,9 @@ def add_prepare(commands: Commands) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
     )
+    parser.add_argument(
+        "--retry-skipped", action="store_true", help="try the clips again that an earlier call skipped"
+    )
     parser.set_defaults(run=_prepare, resumable=True, less_memory="try --dtype bf16")
 
 
@@ -71,6 +74,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         workers=arguments.workers,
         crop=arguments.crop,
+        retry_skipped=arguments.retry_skipped,
     )
     source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
     print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())

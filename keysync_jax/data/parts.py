@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from keysync_jax.config import from_dict, to_dict
 from keysync_jax.data.arrayrecord import RecordReader, RecordWriter
 from keysync_jax.data.records import (
     FORMAT,
+    MANIFEST,
     ClipInfo,
     Manifest,
     Record,
@@ -21,9 +22,9 @@ from keysync_jax.data.records import (
     encode_frame_records,
     groups_of,
 )
-from keysync_jax.data.sources import Clip
+from keysync_jax.data.sources import Clip, FileState, changed_file
 from keysync_jax.errors import UserError
-from keysync_jax.files import locked, sha256_of, write_json
+from keysync_jax.files import locked, sha256_of, sweep, write_json
 
 FOLDER = ".work"
 
@@ -34,10 +35,16 @@ _RECORDS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Part:
-    """A finished clip: its place in the dataset is not known yet; `bytes` of its records."""
+    """A finished clip: its place in the dataset is not known yet.
+
+    Attributes:
+      bytes: of its records.
+      files: that it was made from.
+    """
 
     info: ClipInfo
     bytes: int
+    files: tuple[FileState, ...] = ()
 
 
 Done = tuple[Clip, Part]
@@ -69,24 +76,33 @@ def key_of(name: str) -> str:
 
 
 def remove_work(output: Path) -> None:
-    """Removes what an interrupted run left beside a complete dataset."""
-    shutil.rmtree(output / FOLDER, ignore_errors=True)
+    """Removes what an interrupted run left beside a complete dataset; nothing where another run is at it."""
+    with suppress(OSError, UserError), locked(output / FOLDER / "lock", ""):
+        known = {shard.file for shard in Manifest.load(output).shards}
+        for path in output.glob("shard-*.arrayrecord"):
+            if path.name not in known:
+                path.unlink()
+        sweep(output)
+        shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
 @contextmanager
-def open_work(output: Path, settings: Settings, shard_bytes: int) -> "Iterator[Work]":
+def open_work(output: Path, settings: Settings, shard_bytes: int, code: str = "") -> "Iterator[Work]":
     """The work folder, made where it is missing and locked until the block or the process ends.
 
+    Args:
+      settings, shard_bytes, code: as `Work` takes them.
+
     Raises:
-      UserError: the output is something else, cannot be written, was begun with other settings, or another
-        run works on it.
+      UserError: the output is something else, cannot be written, was begun with other settings or other code,
+        or another run works on it.
     """
     busy = f"{output}: another run is preparing this dataset; wait until it has ended"
     with ExitStack() as stack:
         try:
             _make_folder(output)
             stack.enter_context(locked(output / FOLDER / "lock", busy))
-            work = Work(output, settings, shard_bytes)
+            work = Work(output, settings, shard_bytes, code)
         except FileNotFoundError:
             raise UserError(busy) from None  # It has ended, and removed the folder, between the two calls.
         except OSError as error:
@@ -95,7 +111,8 @@ def open_work(output: Path, settings: Settings, shard_bytes: int) -> "Iterator[W
 
 
 def _make_folder(output: Path) -> None:
-    if (output / FOLDER / _SETTINGS).is_file():
+    if (output / MANIFEST).is_file() or (output / FOLDER / _SETTINGS).is_file():
+        (output / FOLDER).mkdir(exist_ok=True)
         return
     if output.exists() and (not output.is_dir() or set(output.iterdir()) - {output / FOLDER}):
         raise UserError(f"{output}: exists already and is no dataset; give a name for a new folder")
@@ -103,34 +120,65 @@ def _make_folder(output: Path) -> None:
 
 
 class Work:
-    """The folder `.work` of a dataset that is being made.
+    """The folder `.work` of a dataset that is being made, or that further clips are added to.
 
     First every clip becomes a part. Then the list of clips is decided for good (`plan.json`) and shards
     are put together in its order; the parts of a complete shard are deleted, so that the disk holds the
     dataset once and a shard twice.
 
+    Args:
+      code: digest of the code that makes parts; those of other code are not mixed with them.
+
     Attributes:
+      before: the manifest of the complete dataset that clips are added to; None for a new dataset.
       crops: folder for the crops that workers cut.
 
     Raises:
-      UserError: the output was begun with other settings.
+      UserError: the output was begun with other settings or other code.
     """
 
-    def __init__(self, output: Path, settings: Settings, shard_bytes: int):
+    def __init__(self, output: Path, settings: Settings, shard_bytes: int, code: str = ""):
         self.output, self.settings, self.folder = output, settings, output / FOLDER
         self.crops, self._parts, self._shard_bytes = self.folder / "crops", self.folder / "parts", shard_bytes
         self._plan = self.folder / "plan.json"
-        mark = self.folder / _SETTINGS
-        wanted = {"format": FORMAT, "shard_bytes": shard_bytes, **to_dict(settings)}
-        if not mark.is_file():
-            self._parts.mkdir(exist_ok=True)
-            write_json(mark, wanted)
-        elif json.loads(mark.read_bytes()) != wanted:
-            raise UserError(
-                f"{output}: was begun with another model or other settings; delete it or give another name"
-            )
+        self.before = Manifest.load(output) if (output / MANIFEST).is_file() else None
+        self._first_shard = len(self.before.shards) if self.before is not None else 0
+        self._settle(
+            {
+                "format": FORMAT,
+                "first_shard": self._first_shard,
+                "shard_bytes": shard_bytes,
+                "code": code,
+                **to_dict(settings),
+            }
+        )
+        for folder in (output, self.folder, self._parts):
+            sweep(folder)
         shutil.rmtree(self.crops, ignore_errors=True)
         self.crops.mkdir()
+
+    def _settle(self, wanted: dict[str, Any]) -> None:
+        """Marks the folder with what its parts depend on, or checks that it was begun for the same."""
+        mark = self.folder / _SETTINGS
+        begun = json.loads(mark.read_bytes()) if mark.is_file() else None
+        if begun is None or begun.get("first_shard", 0) != wanted["first_shard"]:
+            # What was begun is in the dataset, and the run was stopped before it had removed all of it.
+            shutil.rmtree(self._parts, ignore_errors=True)
+            for path in self.folder.glob("*.json"):
+                path.unlink()
+            self._parts.mkdir()
+            write_json(mark, wanted)
+        elif begun.get("code") != wanted["code"]:
+            begun_in = self.output if self.before is None else self.folder
+            raise UserError(
+                f"{begun_in}: was begun by another version of keysync; finish it with that one, delete it or "
+                "give another name"
+            )
+        elif begun != wanted:
+            raise UserError(
+                f"{self.output}: was begun with another model or other settings; delete it or give another "
+                "name"
+            )
 
     def records(self, clip: Clip) -> Path:
         """The part file of a clip."""
@@ -141,15 +189,12 @@ class Work:
         entry = self._entry(clip)
         if not (entry.is_file() and (self.planned or self.records(clip).is_file())):
             return None
-        content = json.loads(entry.read_bytes())
-        if content["inputs"] != _states(clip):
-            return None
-        return Part(from_dict(ClipInfo, content["clip"], str(entry)), content["bytes"])
+        part = from_dict(Part, json.loads(entry.read_bytes()), str(entry))
+        return part if changed_file(clip, part.files) is None else None
 
     def finish(self, clip: Clip, part: Part) -> None:
         """Notes that a clip's part file is complete."""
-        content = {"inputs": _states(clip), "clip": to_dict(part.info), "bytes": part.bytes}
-        write_json(self._entry(clip), content)
+        write_json(self._entry(clip), to_dict(part))
 
     @property
     def planned(self) -> bool:
@@ -180,10 +225,14 @@ class Work:
         return done, skipped
 
     def assemble(self, done: Sequence[Done], progress: Callable[[int], object]) -> Manifest:
-        """Parts to shards, as far as an earlier run has not done it; `progress` is told of clips."""
+        """Parts to shards, as far as an earlier run has not done it; `progress` is told of clips.
+
+        Returns:
+          The dataset's manifest; clips that are added to a dataset lie behind those that it has.
+        """
         shards, infos = [], []
         groups = len(groups_of(self.settings))
-        for number, group in enumerate(_grouped(done, self._shard_bytes)):
+        for number, group in enumerate(_grouped(done, self._shard_bytes), self._first_shard):
             entry = self.folder / f"shard-{number:05d}.json"
             if not entry.is_file():
                 write_json(entry, to_dict(self._shard(number, group)))
@@ -195,7 +244,9 @@ class Work:
                 infos.append(replace(part.info, shard=number, first=first))
                 first += part.info.frames * groups
             progress(len(group))
-        return Manifest(self.settings, tuple(shards), tuple(infos))
+        if self.before is None:
+            return Manifest(self.settings, tuple(shards), tuple(infos))
+        return replace(self.before, shards=(*self.before.shards, *shards), clips=(*self.before.clips, *infos))
 
     def _shard(self, number: int, group: Sequence[Done]) -> ShardInfo:
         path = self.output / f"shard-{number:05d}.arrayrecord"
@@ -213,11 +264,6 @@ class Work:
 
     def _entry(self, clip: Clip) -> Path:
         return self._parts / f"{key_of(clip.name)}.json"
-
-
-def _states(clip: Clip) -> list[list[Any]]:
-    """Name, size and time of change of a clip's files."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in clip.inputs]
 
 
 def _grouped(done: Sequence[Done], shard_bytes: int) -> list[list[Done]]:

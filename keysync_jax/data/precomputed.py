@@ -29,7 +29,7 @@ class Precomputed:
     """One clip.
 
     Attributes:
-      latents: raw samples, fp32 `[T, h, w, 4]`.
+      latents: raw samples, fp32 `[T, h, w, C]`.
       features: of each encoder, fp32 `[T, 2, D]`.
       landmarks: in crop pixels, fp32 `[T, 68, 2]`, and whether a frame has a face, bool `[T]`.
     """
@@ -40,16 +40,18 @@ class Precomputed:
     present: np.ndarray
 
 
-def latents_of(clip: Clip) -> np.ndarray:
-    """Scaled latents as stored, `[T, 4, h, w]`; a view of the file."""
+def latents_of(clip: Clip, channels: int) -> np.ndarray:
+    """Scaled latents as stored, `[T, channels, h, h]`; a view of the file."""
     if not has_latents(clip):
         raise UserError(
             f"{clip.path}: has no latents ({Path(clip.name).name}{LATENTS}); give raw videos in a folder of "
             "their own"
         )
     latents = _tensor(clip.path, "latents")
-    if latents.ndim != 4 or latents.shape[1] != 4 or latents.shape[2] != latents.shape[3]:
-        raise UserError(f"{clip.path}: its latents have shape {list(latents.shape)}, not [T, 4, h, h]")
+    if latents.ndim != 4 or latents.shape[1] != channels or latents.shape[2] != latents.shape[3]:
+        raise UserError(
+            f"{clip.path}: its latents have shape {list(latents.shape)}, not [T, {channels}, h, h]"
+        )
     return latents
 
 
@@ -64,7 +66,8 @@ def read_precomputed(clip: Clip, settings: Settings, scale_factor: float, shorte
     Raises:
       UserError: a part is missing, misshapen, too short, or much longer than another.
     """
-    latents = latents_of(clip)
+    assert settings.latent_channels is not None
+    latents = latents_of(clip, settings.latent_channels)
     if latents.shape[2] != settings.latent_size:
         raise UserError(
             f"{clip.path}: its latents have the side {latents.shape[2]}, others {settings.latent_size}"

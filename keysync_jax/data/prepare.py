@@ -6,24 +6,25 @@ behind the clips that are done; at the end the parts are put together to shards,
 names, and the manifest is written last.
 """
 
-import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import tee
 from pathlib import Path
 from typing import Protocol, get_args
 
-import av
 import numpy as np
 
+from keysync_jax import __version__
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, EncoderKind, VAEConfig, encoder_name, from_dict
-from keysync_jax.data.faces import Faces, Task, cut_all, read_crops, reason_of
+from keysync_jax.config import Dtype, EncoderKind, VAEConfig, encoder_name, to_dict
+from keysync_jax.data.faces import Faces, Task, attempt, cut_all, read_crops
 from keysync_jax.data.parts import Done, Part, Skipped, Work, key_of, open_work, remove_work, write_part
 from keysync_jax.data.precomputed import feature_dims, latents_of, read_pixels, read_precomputed
 from keysync_jax.data.records import (
+    FORMAT,
     MANIFEST,
     ClipInfo,
     Dataset,
@@ -35,31 +36,41 @@ from keysync_jax.data.records import (
     encode_frame,
     runs_without,
 )
-from keysync_jax.data.sources import EMBEDDINGS, Clip, find_clips, has_latents, is_reference_layout
-from keysync_jax.errors import UserError
-from keysync_jax.files import sha256_of, write_json
-from keysync_jax.media.detectors import DETECTORS, make_detector
+from keysync_jax.data.report import PrepareReport, add_sources, check_same, read_report
+from keysync_jax.data.sources import (
+    EMBEDDINGS,
+    Clip,
+    find_clips,
+    has_latents,
+    is_reference_layout,
+    stat_all,
+    states_of,
+)
+from keysync_jax.errors import UserError, machine_fault
+from keysync_jax.files import fingerprint
+from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
 from keysync_jax.media.pitch import check_semitones, shifted
-from keysync_jax.media.timeline import FPS
 from keysync_jax.model import DTYPES, Model, Network, model_bytes, model_folder, open_model
+from keysync_jax.pipeline.environment import code_digest
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.latents import encode_posterior
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.typing import Params
-
-REPORT = "report.json"
 
 MIB = 2**20
 
 SHORTEST = 14
 """Frames of the shortest sample: T in a row."""
 
+CODE = ("config", "data", "media", "model", "nn", "pipeline", "tensorfile")
+"""Modules and packages of keysync_jax that a part is made by."""
+
 _OF_VIDEOS = ("landmarks", "landmark_model", "allow_download", "latents", "seed", "dtype", "workers", "crop")
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How to prepare. Precomputed latents take `encoders` and `shard_mib` alone, and refuse the others.
+    """How to prepare. Precomputed latents refuse what is of videos alone.
 
     Attributes:
       encoders: audio features to compute; those of every encoder that the model has, where empty.
@@ -73,6 +84,8 @@ class PrepareSettings:
       workers: processes that decode and look for faces; 0: this one. The dataset does not depend on it.
       shard_mib: size at which a shard is full; a clip is never split.
       crop: side of the crop of a dataset for training a VAE: frames and landmarks alone, without a model.
+      retry_skipped: try the clips again that an earlier call skipped. In a complete dataset those that can be
+        used now lie behind the others, in shards of their own.
     """
 
     encoders: tuple[EncoderKind, ...] = ()
@@ -86,6 +99,7 @@ class PrepareSettings:
     workers: int = 0
     shard_mib: int = 512
     crop: int | None = None
+    retry_skipped: bool = False
 
     def __post_init__(self) -> None:
         for semitones in self.pitch:
@@ -108,38 +122,6 @@ class PrepareSettings:
             raise UserError(f"a shard holds at least 1 MiB, not {self.shard_mib}")
 
 
-@dataclass(frozen=True)
-class PrepareReport:
-    """What `prepare` did; `report.json` in the dataset says the same.
-
-    Attributes:
-      done: clips in the dataset.
-      skipped: (source, reason) of the others.
-      frames: of them `frames_without_face` have none.
-      bytes: of the shards.
-    """
-
-    done: int
-    skipped: tuple[tuple[str, str], ...]
-    frames: int
-    frames_without_face: int
-    bytes: int
-
-    @property
-    def hours(self) -> float:
-        return self.frames / FPS / 3600
-
-    def table(self) -> str:
-        """The numbers, then each clip that was left out with its reason."""
-        per_frame = self.bytes / max(1, self.frames) / 1024
-        lines = [
-            f"clips      {self.done} prepared, {len(self.skipped)} skipped",
-            f"frames     {self.frames} ({self.hours:.2f} hours), {self.frames_without_face} without a face",
-            f"bytes      {self.bytes / 2**20:.1f} MiB, {per_frame:.1f} KiB a frame",
-        ]
-        return "\n".join(lines + [f"skipped    {source}: {reason}" for source, reason in self.skipped])
-
-
 def prepare(
     source: str | Path | Sequence[Path],
     output: str | Path,
@@ -150,7 +132,8 @@ def prepare(
     """Prepares a dataset for training.
 
     Of every clip: frames at 25 a second, the crop that follows the face, 68 landmarks, the VAE's posterior,
-    audio features, and the crop as JPEG. A clip that cannot be used is skipped and the report says why. An
+    audio features, and the crop as JPEG. A clip that cannot be used is skipped and the report says why. What
+    the machine cannot do (a disk that fails, memory, permissions) ends the call and skips nothing. An
     interrupted call goes on where it was when it is repeated; on a complete dataset it does nothing.
 
     Args:
@@ -161,7 +144,9 @@ def prepare(
         precomputed latents need none.
 
     Raises:
-      UserError: an argument cannot be used, or not one clip can.
+      UserError: an argument cannot be used, or not one clip can; the dataset is complete, and of other clips,
+        settings or files.
+      OSError: the machine cannot read a clip, or write.
     """
     source = Path(source) if isinstance(source, str) else source
     output, settings, phases = Path(output), settings or PrepareSettings(), Phases(show=show_progress)
@@ -183,17 +168,14 @@ def prepare(
         )
     else:
         maker = _FromVideos(clips, settings, model)
-    if os.path.isfile(output / MANIFEST):  # Not Path.is_file, which fails in a folder without permission.
-        return _complete_already(output, maker.stored, clips)
-    with open_work(output, maker.stored, settings.shard_mib * MIB) as work, computing(settings.dtype):
-        if work.planned:
-            return _finish(*work.plan(clips), work, phases)
-        done, skipped = _make_parts(clips, maker, work, phases)
-        if not done:
-            work.discard()
-            raise UserError(f"none of the {len(clips)} clips can be used; the first: {skipped[0][1]}")
-        work.decide(done, skipped)
-        return _finish(done, skipped, work, phases)
+    decided = False
+    if not os.path.isfile(output / MANIFEST):  # Not Path.is_file, which fails in a folder without permission.
+        with _open_work(output, maker, settings) as work, computing(settings.dtype):
+            decided = work.planned
+            report = _make(clips, maker, work, phases)
+        if not (decided and settings.retry_skipped):  # The skipped ones have just been tried otherwise.
+            return report
+    return _complete(output, clips, maker, settings, phases)
 
 
 def check(dataset: str | Path, show_progress: bool = False) -> Dataset:
@@ -218,7 +200,7 @@ class _Maker(Protocol):
 
     stored: Settings
 
-    def make(self, clips: Sequence[Clip], work: Work) -> Iterator[tuple[Clip, Part | str]]:
+    def make(self, clips: Sequence[Clip], work: Work) -> Generator[tuple[Clip, Part | str]]:
         """A part, or the reason why there is none, for every clip in order."""
         ...
 
@@ -231,7 +213,7 @@ class _Videos:
     def __init__(self, settings: PrepareSettings):
         self.settings = settings
 
-    def make(self, clips: Sequence[Clip], work: Work) -> Iterator[tuple[Clip, Part | str]]:
+    def make(self, clips: Sequence[Clip], work: Work) -> Generator[tuple[Clip, Part | str]]:
         tasks = [
             Task(
                 clip,
@@ -243,20 +225,20 @@ class _Videos:
             )
             for clip in clips
         ]
-        for task, faces in cut_all(tasks, self.settings.workers):
-            try:
-                yield task.clip, faces if isinstance(faces, str) else self._part(task, faces, work)
-            except (UserError, av.error.FFmpegError) as error:
-                # What the device or the disk does is not the clip's fault: that ends the run.
-                yield task.clip, reason_of(error, task.clip)
-            finally:
-                task.crops.unlink(missing_ok=True)
+        with closing(cut_all(tasks, self.settings.workers)) as results:
+            for task, faces in results:
+                try:
+                    # An error here, of the device or the disk, is not the clip's fault and ends the run.
+                    yield task.clip, faces if isinstance(faces, str) else self._part(task, faces, work)
+                finally:
+                    task.crops.unlink(missing_ok=True)
 
     def _part(self, task: Task, faces: Faces, work: Work) -> Part:
         clip, frames = task.clip, len(faces.present)
         gaps = runs_without(faces.present)
-        info = ClipInfo(clip.name, clip.source, faces.sha256, frames, 0, 0, gaps)
-        return write_part(work.records(clip), info, self._records(task, faces), self.stored)
+        info = ClipInfo(clip.name, clip.source, faces.files[0].sha256, frames, 0, 0, gaps)
+        part = write_part(work.records(clip), info, self._records(task, faces), self.stored)
+        return replace(part, files=faces.files)
 
     def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of every frame."""
@@ -278,8 +260,9 @@ class _FramesAlone(_Videos):
             vae=None,
             encoders={},
             landmarks=settings.landmarks,
+            latent_channels=0,
+            landmark_model=_try_detector(clips, settings),
         )
-        _try_detector(clips, settings)
 
     def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
         for points, crop in zip(faces.landmarks, read_crops(task.crops), strict=True):
@@ -313,8 +296,12 @@ class _FromVideos(_Videos):
             dtype=settings.dtype,
             seed=settings.seed,
             pitch=tuple(sorted({float(semitones) for semitones in settings.pitch})),
+            latent_channels=config.vae.latent_channels,
+            landmark_model=_try_detector(clips, settings),
+            model=fingerprint(
+                [to_dict(config.vae), {kind: to_dict(config.encoders[kind]) for kind in encoders}]
+            ),
         )
-        _try_detector(clips, settings)
 
     @cached_property
     def _vae(self) -> Network:
@@ -333,7 +320,7 @@ class _FromVideos(_Videos):
             for shift, wave in voices.items()
         }
         crops, pixels = tee(read_crops(task.crops))
-        latents = self._latents(crops, faces.sha256)
+        latents = self._latents(crops, faces.files[0].sha256)
         for i, (crop, latent) in enumerate(zip(pixels, latents, strict=True)):
             audio = {name: vectors[i] for name, vectors in features.items()}
             yield {**latent, "landmarks": faces.landmarks[i], **audio, "frame": encode_frame(crop)}
@@ -350,13 +337,16 @@ class _FromVideos(_Videos):
                     yield {"mean": mean + np.exp(0.5 * logvar) * noise}
 
 
-def _try_detector(clips: Sequence[Clip], settings: PrepareSettings) -> None:
-    """Makes sure that there is a detector for the clips that need one.
+def _try_detector(clips: Sequence[Clip], settings: PrepareSettings) -> str | None:
+    """Makes sure that there is a detector, where a clip needs one, and fetches its model file only once.
 
-    Every clip would be skipped for the same reason otherwise; and a model file is fetched only once.
+    Returns:
+      SHA-256 of the model file; None for a detector without one, and where no clip needs one.
     """
-    if any(clip.landmarks is None for clip in clips):
-        make_detector(settings.landmarks, settings.landmark_model, settings.allow_download).close()
+    if all(clip.landmarks is not None for clip in clips):
+        return None
+    make_detector(settings.landmarks, settings.landmark_model, settings.allow_download).close()
+    return detector_identity(settings.landmarks, settings.landmark_model).get("model")
 
 
 class _FromPrecomputed:
@@ -380,7 +370,7 @@ class _FromPrecomputed:
         kinds = settings.encoders or tuple(
             kind for kind in EMBEDDINGS if any(kind in dict(clip.embeddings) for clip in clips)
         )
-        size, dims = _first_sizes(clips, kinds)
+        size, dims = _first_sizes(clips, kinds, vae.latent_channels)
         if model is not None and size != model.config.keyframe.latent_size:
             raise UserError(
                 f"the latents have the side {size}, the model's {model.config.keyframe.latent_size}"
@@ -393,19 +383,20 @@ class _FromPrecomputed:
             vae=None,
             encoders={kind: EncoderInfo(dims[kind], None) for kind in sorted(kinds)},
             landmarks="files",
+            latent_channels=vae.latent_channels,
+            model=fingerprint([to_dict(vae)]),
         )
 
-    def make(self, clips: Sequence[Clip], work: Work) -> Iterator[tuple[Clip, Part | str]]:
+    def make(self, clips: Sequence[Clip], work: Work) -> Generator[tuple[Clip, Part | str]]:
         for clip in clips:
-            try:
-                yield clip, self._part(clip, work)
-            except Exception as error:
-                yield clip, reason_of(error, clip)
+            yield clip, attempt(partial(self._part, clip, work), clip)
 
     def _part(self, clip: Clip, work: Work) -> Part:
+        before = stat_all(clip)
         found = read_precomputed(clip, self.stored, self._scale, SHORTEST)
+        files = states_of(clip, before)
         frames, gaps = len(found.present), runs_without(found.present)
-        info = ClipInfo(clip.name, clip.source, sha256_of(clip.path), frames, 0, 0, gaps)
+        info = ClipInfo(clip.name, clip.source, files[0].sha256, frames, 0, 0, gaps)
 
         def records() -> Iterator[dict[str, np.ndarray]]:
             crops = read_pixels(clip, frames, self.stored.crop_size) if self.stored.frames else None
@@ -414,20 +405,51 @@ class _FromPrecomputed:
                 pixels = {} if crops is None else {"frame": encode_frame(next(crops))}
                 yield {"mean": latent, "landmarks": found.landmarks[i], **audio, **pixels}
 
-        return write_part(work.records(clip), info, records(), self.stored)
+        return replace(write_part(work.records(clip), info, records(), self.stored), files=files)
 
 
-def _first_sizes(clips: Sequence[Clip], kinds: Sequence[EncoderKind]) -> tuple[int, dict[EncoderKind, int]]:
+def _first_sizes(
+    clips: Sequence[Clip], kinds: Sequence[EncoderKind], channels: int
+) -> tuple[int, dict[EncoderKind, int]]:
     """Side of the latents and width of the features, of the first clip that has them all."""
     failure = UserError(f"no clip has {' and '.join(kinds) or 'audio'} features beside its latents")
     for clip in clips:
         try:
             dims = feature_dims(clip)
             if kinds and all(kind in dims for kind in kinds):
-                return latents_of(clip).shape[2], dims
+                return latents_of(clip, channels).shape[2], dims
         except UserError as error:
+            if fault := machine_fault(error):
+                raise fault from error
             failure = error
     raise failure
+
+
+def _open_work(output: Path, maker: _Maker, settings: PrepareSettings) -> AbstractContextManager[Work]:
+    return open_work(output, maker.stored, settings.shard_mib * MIB, _code())
+
+
+def _code() -> str:
+    """What parts are made by."""
+    return f"{__version__} {code_digest(*CODE)}"
+
+
+def _make(clips: Sequence[Clip], maker: _Maker, work: Work, phases: Phases) -> PrepareReport:
+    """A new dataset, or a further piece of a complete one."""
+    if work.planned:
+        done, skipped = work.plan(clips)
+    else:
+        done, skipped = _make_parts(clips, maker, work, phases)
+        if done:
+            work.decide(done, skipped)
+    if done:
+        return _finish(done, skipped, work, phases)
+    work.discard()
+    if work.before is None:
+        raise UserError(f"none of the {len(clips)} clips can be used; the first: {skipped[0][1]}")
+    report = PrepareReport.of(work.before, skipped)
+    report.save(work.output)
+    return report
 
 
 def _make_parts(
@@ -437,8 +459,11 @@ def _make_parts(
     parts = {clip.name: part for clip in clips if (part := work.find(clip)) is not None}
     missing = [clip for clip in clips if clip.name not in parts]
     reasons: dict[str, str] = {}
-    with phases.phase("clips", len(clips), "clips", len(parts)) as advance:
-        for clip, made in maker.make(missing, work):
+    with (
+        phases.phase("clips", len(clips), "clips", len(parts)) as advance,
+        closing(maker.make(missing, work)) as results,
+    ):
+        for clip, made in results:
             if isinstance(made, str):
                 reasons[clip.name] = made
             else:
@@ -450,33 +475,36 @@ def _make_parts(
 
 
 def _finish(done: list[Done], skipped: Skipped, work: Work, phases: Phases) -> PrepareReport:
-    """Shards, then the report and, last, the manifest."""
+    """Shards, then the report and the manifest."""
     with phases.phase("shards", len(done), "clips") as advance:
         manifest = work.assemble(done, advance)
-    report = PrepareReport(
-        done=len(manifest.clips),
-        skipped=tuple(skipped),
-        frames=sum(clip.frames for clip in manifest.clips),
-        frames_without_face=sum(int((~clip.present).sum()) for clip in manifest.clips),
-        bytes=sum(shard.bytes for shard in manifest.shards),
-    )
-    write_json(work.output / REPORT, {**asdict(report), "hours": round(report.hours, 4)})
-    manifest.save(work.output)
+    manifest = replace(manifest, code=tuple(dict.fromkeys([*manifest.code, _code()])))
+    report = PrepareReport.of(manifest, skipped)
+    add_sources(work.output, done)
+    if work.before is None:
+        report.save(work.output)
+        manifest.save(work.output)
+    else:  # The manifest says first which clips were added, see read_report.
+        manifest.save(work.output)
+        report.save(work.output)
     work.discard()
     return report
 
 
-def _complete_already(output: Path, settings: Settings, clips: Sequence[Clip]) -> PrepareReport:
-    """The report of a complete dataset, where the same call made it."""
+def _complete(
+    output: Path, clips: Sequence[Clip], maker: _Maker, settings: PrepareSettings, phases: Phases
+) -> PrepareReport:
+    """The report of a complete dataset that the same call made, after another try of the skipped if asked."""
     manifest = Manifest.load(output)
-    try:
-        content = json.loads((output / REPORT).read_bytes())
-        content.pop("hours", None)
-        report = from_dict(PrepareReport, content, REPORT)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{output / REPORT}: cannot be read ({error})") from None
-    sources = {clip.source for clip in manifest.clips} | {source for source, _ in report.skipped}
-    if manifest.settings != settings or sources != {clip.source for clip in clips}:
-        raise UserError(f"{output}: holds a dataset of other clips or settings; give a name for a new folder")
-    remove_work(output)
-    return report
+    report = read_report(output, manifest)
+    check_same(output, manifest, report.skipped, maker.stored, clips, phases)
+    skipped = {source for source, _ in report.skipped}
+    if not (settings.retry_skipped and skipped):
+        remove_work(output)
+        return report
+    if manifest.format != FORMAT:
+        raise UserError(
+            f"{output}: is of the format {manifest.format}, to which no clips are added; prepare it anew"
+        )
+    with _open_work(output, maker, settings) as work, computing(settings.dtype):
+        return _make([clip for clip in clips if clip.source in skipped], maker, work, phases)

@@ -4,8 +4,8 @@ A frame has one record of each group of arrays, so that a run reads only what it
 
 | group | name | dtype | shape |
 |---|---|---|---|
-| latents | mean, logvar | fp16 | `[h, w, 4]`, posterior over raw latents |
-| | mean | fp32 | `[h, w, 4]`, alone where the dataset stores samples |
+| latents | mean, logvar | fp16 | `[h, w, C]`, posterior over raw latents |
+| | mean | fp32 | `[h, w, C]`, alone where the dataset stores samples |
 | | landmarks | fp32 | `[68, 2]`, (x, y) in pixels of the crop |
 | one each | audio_KIND | fp32 | `[2, D]`, of each encoder |
 | one each | audio_KIND_pitch+2 | fp32 | `[2, D]`, of the voice shifted by so many semitones; for each shift |
@@ -21,7 +21,7 @@ In `keysync-dataset-1`, which is read too, a frame is one record of all arrays.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -47,6 +47,9 @@ JPEG_OPTIONS = (cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 
 
 _DTYPES: dict[str, np.dtype] = {"U8": np.dtype("u1"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_LATER = ("latent_channels", "landmark_model", "model")
+"""Settings that the first datasets do not say."""
 
 LatentKind = Literal["posterior", "sample", "none"]
 Record = dict[str, np.ndarray]
@@ -77,6 +80,11 @@ class Settings:
       dtype: of the VAE's computation.
       seed: of stored samples.
       pitch: semitones by which the voice was shifted for further audio features.
+      latent_channels: C of the latents (0 without latents).
+      landmark_model: SHA-256 of the detector's model file, where it has one and a clip needed it.
+      model: fingerprint of the VAE's and the encoders' settings, which their files' hashes do not cover.
+
+    The last three are None where they are not known; the first datasets do not say them.
     """
 
     crop_size: int
@@ -90,6 +98,14 @@ class Settings:
     seed: int = 0
     fps: int = 25
     pitch: tuple[float, ...] = ()
+    latent_channels: int | None = None
+    landmark_model: str | None = None
+    model: str | None = None
+
+    def agrees(self, other: "Settings") -> bool:
+        """Whether all is the same that both know."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return all(a == b or (name in _LATER and None in (a, b)) for name, (a, b) in pairs.items())
 
 
 @dataclass(frozen=True)
@@ -137,12 +153,14 @@ class Manifest:
 
     Attributes:
       format: `FORMAT`, or `UNGROUPED`.
+      code: version and digest of the code that made the clips, for the reader; more where clips were added.
     """
 
     settings: Settings
     shards: tuple[ShardInfo, ...]
     clips: tuple[ClipInfo, ...]
     format: str = FORMAT
+    code: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -357,8 +375,11 @@ class Dataset:
 
     def _check_record(self, clip: ClipInfo, record: Record) -> None:
         settings = self.settings
-        latent = (settings.latent_size, settings.latent_size, 4)
-        wanted: dict[str, tuple[int, ...]] = {"landmarks": (68, 2)}
+        channels = settings.latent_channels
+        if channels is None and "mean" in record:
+            channels = record["mean"].shape[-1]
+        latent = (settings.latent_size, settings.latent_size, channels)
+        wanted: dict[str, tuple[int | None, ...]] = {"landmarks": (68, 2)}
         wanted |= {"mean": latent} if settings.latents != "none" else {}
         wanted |= {"logvar": latent} if settings.latents == "posterior" else {}
         for kind, encoder in settings.encoders.items():

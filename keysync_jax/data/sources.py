@@ -3,12 +3,13 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from keysync_jax.config import EncoderKind
 from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of
 
 VIDEO_SUFFIXES = frozenset(
     {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
@@ -49,6 +50,72 @@ class Clip:
         """Every file that the clip is made from."""
         optional = [self.landmarks, self.video, *(path for _, path in self.embeddings)]
         return [self.path, *(path for path in optional if path is not None)]
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file that a clip is made from, as it was when it was read.
+
+    Attributes:
+      bytes: its size.
+      changed: time of its last change, in nanoseconds since 1970.
+    """
+
+    name: str
+    bytes: int
+    changed: int
+    sha256: str
+
+
+def stat_all(clip: Clip) -> list[tuple[str, int, int]]:
+    """Name, size and time of the last change of every file of a clip."""
+    return [(path.name, stat.st_size, stat.st_mtime_ns) for path in clip.inputs for stat in [path.stat()]]
+
+
+def states_of(clip: Clip, before: Sequence[tuple[str, int, int]]) -> tuple[FileState, ...]:
+    """The state of every file of a clip, the one at `Clip.path` first.
+
+    Args:
+      before: `stat_all` from before the files were read.
+
+    Raises:
+      UserError: one has changed since.
+    """
+    hashes = [sha256_of(path) for path in clip.inputs]
+    if stat_all(clip) != list(before):
+        raise UserError(f"{clip.path}: was changed while it was read")
+    return tuple(FileState(*stat, sha256) for stat, sha256 in zip(before, hashes, strict=True))
+
+
+def is_touched(clip: Clip, states: Sequence[FileState]) -> bool:
+    """Whether size or time of a file has changed; its bytes may still be the same."""
+    return stat_all(clip) != [(state.name, state.bytes, state.changed) for state in states]
+
+
+def restated(clip: Clip, states: Sequence[FileState]) -> tuple[FileState, ...]:
+    """The states of files that have the same bytes still, with the times that they have now."""
+    return tuple(FileState(*stat, state.sha256) for stat, state in zip(stat_all(clip), states, strict=True))
+
+
+def changed_file(
+    clip: Clip, states: Sequence[FileState], progress: Callable[[int], object] | None = None
+) -> Path | None:
+    """The first file of a clip that is another than it was, None where all are the same.
+
+    Only a file whose time has changed, and its size has not, is read.
+
+    Args:
+      progress: is told of each block of bytes that was read.
+    """
+    if [path.name for path in clip.inputs] != [state.name for state in states]:
+        return clip.path
+    for path, state in zip(clip.inputs, states, strict=True):
+        stat = path.stat()
+        if stat.st_size != state.bytes:
+            return path
+        if stat.st_mtime_ns != state.changed and sha256_of(path, progress) != state.sha256:
+            return path
+    return None
 
 
 def is_reference_layout(source: Path | Sequence[Path]) -> bool:
@@ -126,11 +193,19 @@ def _videos_below(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> Iterable[Path]:
-    """All files below a folder, hidden ones and those in hidden folders aside."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
+    """All files below a folder, hidden ones and those in hidden folders aside.
+
+    Raises:
+      OSError: a folder cannot be read; its clips would be missing otherwise.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(parent, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _reference_clips(source: Path) -> list[Clip]:

@@ -1,16 +1,16 @@
 """Folders of synthetic clips: the job behind `keysync synth`."""
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from keysync_jax.errors import UserError
-from keysync_jax.files import settle
+from keysync_jax.files import settle, sweep
+from keysync_jax.processes import Workers
 from keysync_jax.synthetic.world import FORMAT, draw_clip, write_clip
 
 SETTINGS = "world.json"
@@ -74,16 +74,20 @@ def synth(output: str | Path, settings: SynthSettings, show_progress: bool = Fal
     """
     output = Path(output)
     settle(output / SETTINGS, settings.world, "synthetic clips")
+    sweep(output)
     missing = [n for n in range(settings.clips) if not (output / f"clip-{n:05d}.mp4").is_file()]
     tasks = [(output, settings.seed, n, settings.seconds, _is_occluded(settings, n)) for n in missing]
-    with tqdm(
-        total=settings.clips,
-        initial=settings.clips - len(missing),
-        desc="clips",
-        unit=" clip",
-        disable=not show_progress,
-    ) as bar:
-        for _ in _run(tasks, settings.workers):
+    with (
+        tqdm(
+            total=settings.clips,
+            initial=settings.clips - len(missing),
+            desc="clips",
+            unit=" clip",
+            disable=not show_progress,
+        ) as bar,
+        closing(_run(tasks, settings.workers)) as made,
+    ):
+        for _ in made:
             bar.update()
     return len(missing)
 
@@ -95,12 +99,13 @@ def _is_occluded(settings: SynthSettings, number: int) -> bool:
 Task = tuple[Path, int, int, float, bool]
 
 
-def _run(tasks: list[Task], workers: int) -> Iterator[None]:
+def _run(tasks: list[Task], workers: int) -> Generator[None]:
     if workers == 0:
         yield from map(_make, tasks)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from pool.map(_make, tasks)
+    with Workers(_make, workers) as pool:
+        for _, done in pool.in_order(tasks, 2 * workers):
+            yield done.result()
 
 
 def _make(task: Task) -> None:

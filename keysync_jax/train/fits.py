@@ -34,10 +34,11 @@ def check_fits(dataset: Dataset, config: TrainConfig, hashes: Mapping[str, str] 
     sizes = {
         "audio vectors of": (encoder.dim, stage.audio_dim),
         "latents of side": (settings.latent_size, stage.latent_size),
+        "latents with a channel count of": (settings.latent_channels, config.vae.latent_channels),
         "crops of side": (settings.crop_size, stage.latent_size * config.vae.factor),
     }
     for what, (found_size, wanted) in sizes.items():
-        if found_size != wanted:
+        if found_size not in (None, wanted):
             raise UserError(f"{folder}: holds {what} {found_size}, the config asks for {wanted}")
     for file, sha256 in prepared_with(dataset, stage.audio_encoder).items():
         if hashes and hashes.get(file, sha256) != sha256:

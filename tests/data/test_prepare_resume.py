@@ -185,6 +185,7 @@ def test_a_second_run_on_the_same_output_is_refused(
         "manifest.json",
         "report.json",
         "shard-00000.arrayrecord",
+        "sources.json",
     ]
 
 

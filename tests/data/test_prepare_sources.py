@@ -68,6 +68,16 @@ def test_the_references_folders_are_taken_as_they_are(tmp_path: Path) -> None:
         assert np.abs(stored - np.stack(pixels)).mean() < 2
 
 
+def test_latents_of_another_vae_are_refused(tmp_path: Path) -> None:
+    """Without a model they are SVD's, with 4 channels."""
+    folder = tmp_path / "reference"
+    arrays = write_reference_layout(folder, {"c1": 20})
+    wide = np.concatenate([arrays["c1"]["latents"]] * 2, axis=1)
+    write_tensors(folder / "videos/c1_video_512_latent.safetensors", {"latents": wide})
+    with pytest.raises(UserError, match=r"have shape \[20, 8, 8, 8\], not \[T, 4, h, h\]"):
+        prepare(folder, tmp_path / "dataset")
+
+
 def test_clips_without_latents_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "reference"
     write_reference_layout(folder, {"c1": 20, "c2": 20})

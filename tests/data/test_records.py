@@ -303,6 +303,32 @@ def test_another_encoder_of_another_kind_does_not_matter(tmp_path: Path) -> None
     check_alike([write_dataset(tmp_path / "a", [2]), write_dataset(tmp_path / "b", [2], other)], "wavlm")
 
 
+@pytest.mark.parametrize(("channels", "known"), [(8, True), (8, False), (4, False)])
+def test_latents_have_the_channels_that_the_settings_say(tmp_path: Path, channels: int, known: bool) -> None:
+    """Where they do not say it, as in the first datasets, any number will do."""
+    said = dataclasses.replace(SETTINGS, latent_channels=channels if known else None)
+    write_dataset(tmp_path / "d", [5, 3], said, channels=channels).verify()
+
+
+@pytest.mark.parametrize("said", [4, 6])
+def test_other_channels_than_the_settings_say_are_found(tmp_path: Path, said: int) -> None:
+    settings = dataclasses.replace(SETTINGS, latent_channels=said)
+    with pytest.raises(UserError, match="a record of the clip 'clip0' has no sound 'mean'"):
+        write_dataset(tmp_path / "d", [5], settings, channels=8).verify()
+
+
+def test_a_run_with_other_channels_is_refused(tmp_path: Path) -> None:
+    eight = dataclasses.replace(SETTINGS, latent_channels=8)
+    dataset = write_dataset(tmp_path / "eight", [20], eight, channels=8)
+    config = train_config()
+    with pytest.raises(UserError, match="holds latents with a channel count of 8, the config asks for 4"):
+        check_fits(dataset, config)
+    wider = dataclasses.replace(config, vae=dataclasses.replace(config.vae, latent_channels=8))
+    check_fits(dataset, wider)
+    unknown = write_dataset(tmp_path / "unknown", [20], SETTINGS, channels=8)
+    check_fits(unknown, config)
+
+
 def test_the_pixel_loss_needs_pixels(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", [20], dataclasses.replace(SETTINGS, frames=False))
     check_fits(dataset, train_config(loss=LossConfig(pixel="none")))
