@@ -406,15 +406,8 @@ def _state(path: str | os.PathLike[str]) -> tuple[int, ...]:
 
 
 def git_blob_of(path: Path) -> str:
-    """What git calls a file's bytes (SHA-1, hex); for small files.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    """What git calls a file's bytes (SHA-1, hex); for small files."""
+    content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from keysync_jax.errors import UserError
-from keysync_jax.files import continued, git_blob_of, sha256_of
+from keysync_jax.extras import needed_for
+from keysync_jax.files import continued, git_blob_of, sha256_of, sha256_once
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Located:
         Raises:
           UserError: they differ, or the file cannot be read.
         """
-        found = self.sha256 or sha256_of(self.path)
+        found = self.sha256 or sha256_once(self.path)
         stored = self.path.resolve()
         named = stored.name if _SHA256.fullmatch(stored.name) else None
         if named not in (None, found):
@@ -229,14 +230,12 @@ def _ask(hub: ModuleType, file: File, cached: Located | None) -> _Remote | None:
 
 def _client(address: Address) -> ModuleType:
     """The client, with what is used of it that its top level does not have."""
-    try:
+    with needed_for(f"{address}: finding it"):
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
         import huggingface_hub.file_download
         import huggingface_hub.utils
-    except ModuleNotFoundError as error:
-        raise UserError(f"{address}: needs huggingface_hub, pip install 'keysync_jax[hub]'") from error
     return huggingface_hub
 
 
