@@ -41,7 +41,7 @@ def stage_config(kind: StageKind, unet: UNetConfig) -> ConfigDict:
         ),
         vae=VAE,
         init=InitConfig(kind="keysync"),
-        loss=LossConfig(p_mean=0.5, p_std=1.4),
+        loss=LossConfig(p_mean=0.5, p_std=1.4, drop_reference_by="clip"),
         optimizer=OptimizerConfig(
             kind="muon",
             learning_rate=2e-3,

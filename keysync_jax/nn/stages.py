@@ -40,7 +40,8 @@ class Stage(nnx.Module):
 
         Args:
           reference: raw latents (not times the scale factor), `[B, reference_frames, h, w, 4]`;
-            zeros where the reference is dropped.
+            zeros where the reference is dropped. The keyframe stage also takes one for each frame,
+            `[B, T, h, w, 4]`.
 
         Returns:
           `[B, T, h, w, in_channels - 4]`.

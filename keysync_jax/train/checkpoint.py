@@ -255,6 +255,9 @@ def read_config(workdir: Path) -> AnyTrainConfig:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not the config of a training run in the format {FORMAT}")
+    stage, loss = content.get("stage"), content.get("loss")
+    if isinstance(stage, dict) and isinstance(loss, dict) and stage.get("kind") == "keyframe":
+        loss.setdefault("drop_reference_by", "clip")  # Runs from before there was this setting did so.
     return train_config_from(content, str(path))
 
 

@@ -110,7 +110,10 @@ class LossConfig:
 
     Attributes:
       p_mean, p_std: ln sigma ~ N(p_mean, p_std^2), one sigma a clip.
-      drop_audio, drop_reference: probability that a clip's condition is zeroed, independently.
+      drop_audio, drop_reference: probability that a condition is zeroed, independently.
+      drop_reference_by: what one draw of `drop_reference` zeroes: the reference in all frames of a clip, or
+        in one frame, which the keyframe stage alone can; auto: as the release trains (`drops_by_frame`). The
+        audio is dropped by clip.
       pixel: of the RGB loss on one random frame through the decoder.
       pixel_weight: lambda_2.
     """
@@ -119,6 +122,7 @@ class LossConfig:
     p_std: float = 1.2
     drop_audio: float = 0.2
     drop_reference: float = 0.1
+    drop_reference_by: Literal["auto", "clip", "frame"] = "auto"
     pixel: PixelLoss = "l2"
     pixel_weight: float = 1.0
 
@@ -249,10 +253,24 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(1, {"batch_size": self.batch_size, "steps": self.steps})
         _at_least(0, {"seed": self.seed})
+        if self.loss.drop_reference_by == "frame" and self.stage.kind != "keyframe":
+            raise UserError(
+                "loss.drop_reference_by=frame is for the keyframe stage, whose frames share a reference"
+            )
 
     @property
     def audio_encoder(self) -> EncoderKind:
         return self.stage.audio_encoder
+
+    @property
+    def drops_by_frame(self) -> bool:
+        """Whether each frame's reference is dropped alone.
+
+        The release copies a keyframe sample's reference to its 14 frames before it drops; that of an
+        interpolation sample, which it does not copy, it drops whole.
+        """
+        by = self.loss.drop_reference_by
+        return by == "frame" or (by == "auto" and self.stage.kind == "keyframe")
 
 
 @dataclass(frozen=True)

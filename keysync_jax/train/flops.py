@@ -104,7 +104,7 @@ def step_flops(
     def loss(trainable: Params, frozen: Params, aids: dict[str, Params], batch: Batch) -> Any:
         key = jax.random.key(0)
         clips = draw_clips(config, batch, key)
-        noise = draw_noise(config.loss, clips.gt.shape, key)
+        noise = draw_noise(config.loss, clips.gt.shape, key, config.drops_by_frame)
         return step.loss({**frozen, **trainable}, aids, clips, noise)[0]
 
     jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, batch_shapes(config)).jaxpr

@@ -77,7 +77,8 @@ class Noise(NamedTuple):
     Attributes:
       sigma: `[B]`.
       noise: standard normal, like `Clips.gt`.
-      keep_audio, keep_reference: bool `[B]`; the clip's condition is zero where false.
+      keep_audio: bool `[B]`; the clip's audio is zero where false.
+      keep_reference: the same of the reference, `[B]`, or `[B, T]` where each frame's is dropped alone.
     """
 
     sigma: Array
@@ -135,14 +136,18 @@ def draw_clips(config: TrainConfig, batch: Batch, key: Array) -> Clips:
     return Clips(raw * config.vae.scale_factor, reference, batch.audio, mask, frame, batch.frame_index)
 
 
-def draw_noise(config: LossConfig, shape: tuple[int, ...], key: Array) -> Noise:
-    """Draws the noise of clips of this shape, `(B, T, h, w, C)`, and which conditions they keep."""
+def draw_noise(config: LossConfig, shape: tuple[int, ...], key: Array, by_frame: bool = False) -> Noise:
+    """Draws the noise of clips of this shape, `(B, T, h, w, C)`, and which conditions they keep.
+
+    Args:
+      by_frame: each frame's reference is dropped alone.
+    """
     sigma_key, noise_key, audio_key, reference_key = jax.random.split(key, 4)
     return Noise(
         sigma=losses.draw_sigma(sigma_key, shape[0], config.p_mean, config.p_std),
         noise=jax.random.normal(noise_key, shape),
         keep_audio=jax.random.bernoulli(audio_key, 1 - config.drop_audio, shape[:1]),
-        keep_reference=jax.random.bernoulli(reference_key, 1 - config.drop_reference, shape[:1]),
+        keep_reference=jax.random.bernoulli(reference_key, 1 - config.drop_reference, shape[: 1 + by_frame]),
     )
 
 
@@ -154,7 +159,8 @@ def denoised(model: Any, clips: Clips, noise: Noise) -> Array:
     """
     # A dropped condition is a zero *projected* vector, as the guidance's branches have it.
     audio = model.project_audio(clips.audio) * noise.keep_audio[:, None, None]
-    reference = clips.reference * noise.keep_reference[:, None, None, None, None]
+    keep = noise.keep_reference.reshape(len(clips.reference), -1, 1, 1, 1)
+    reference = clips.reference * keep
     key_value = model.key_value(audio)
 
     def network(x: Array, c_noise: Array) -> Array:
@@ -248,7 +254,7 @@ class Step:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         clip_key, noise_key = jax.random.split(key)
         clips = draw_clips(self.config, batch, clip_key)
-        noise = draw_noise(self.config.loss, clips.gt.shape, noise_key)
+        noise = draw_noise(self.config.loss, clips.gt.shape, noise_key, self.config.drops_by_frame)
 
         def loss(params: Params) -> tuple[Array, Metrics]:
             return self.loss({**state.frozen, **params}, aids, clips, noise)

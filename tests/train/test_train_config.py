@@ -160,6 +160,18 @@ def test_a_run_goes_on_with_what_it_was_started_with(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+def test_a_run_from_before_drops_by_frame_goes_on_dropping_by_clip(tmp_path: Path) -> None:
+    settle_config(tmp_path, load())
+    (tmp_path / "checkpoints/10").mkdir(parents=True)
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["loss"]["drop_reference_by"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert not read_config(tmp_path).drops_by_frame  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"started with loss.drop_reference_by = 'clip', not 'auto'"):
+        settle_config(tmp_path, load())
+    settle_config(tmp_path, load("loss.drop_reference_by=clip"))
+
+
 def test_a_run_without_a_checkpoint_takes_other_settings(tmp_path: Path) -> None:
     settle_config(tmp_path, load("batch_size=2"))
     (tmp_path / "checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)

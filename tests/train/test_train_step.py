@@ -293,6 +293,44 @@ def test_conditions_are_dropped_at_their_rates_and_independently() -> None:
     assert abs(np.corrcoef(log_sigma, audio)[0, 1]) < 3 / np.sqrt(n)
 
 
+def test_keyframes_lose_their_reference_frame_by_frame_as_in_the_release() -> None:
+    assert train_config().drops_by_frame
+    assert not train_config("interpolation").drops_by_frame
+    assert not train_config(loss=LossConfig(drop_reference_by="clip")).drops_by_frame
+    with pytest.raises(UserError, match="drop_reference_by=frame is for the keyframe stage"):
+        train_config("interpolation", loss=LossConfig(drop_reference_by="frame"))
+    n, t, rate = 2000, 14, 0.1
+    noise = draw_noise(LossConfig(), (n, t, 1, 1, 1), jax.random.key(3), by_frame=True)
+    dropped = ~np.asarray(noise.keep_reference)
+    assert dropped.shape == (n, t)
+    spread = np.sqrt(rate * (1 - rate))
+    assert abs(dropped.mean() - rate) < 3 * spread / np.sqrt(n * t)
+    assert np.abs(dropped.mean(axis=0) - rate).max() < 4 * spread / np.sqrt(n)
+    # Within a clip the frames are independent: the variance of their number is the binomial's.
+    assert dropped.sum(axis=1).var() == pytest.approx(t * rate * (1 - rate), rel=0.15)
+
+
+def test_a_step_of_the_keyframe_stage_sees_frames_with_and_without_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = train_config(batch_size=64, loss=LossConfig(drop_reference=0.5, pixel="none"))
+    seen = []
+
+    class Spied(Exception):  # noqa: N818
+        """What the network was given is all that is asked."""
+
+    def condition(self: Any, reference: jax.Array) -> jax.Array:
+        seen.append(reference.shape)
+        raise Spied
+
+    monkeypatch.setattr("keysync_jax.nn.stages.KeyframeStage.condition", condition)
+    step = train_step(config)
+    abstract = shapes(make_stage(config))[1]
+    with pytest.raises(Spied):
+        jax.eval_shape(step, init_state(config, parameters(abstract)), batch(config))
+    assert seen == [(64, config.stage.frames, 4, 4, 4)]
+
+
 def test_a_dropped_condition_is_zero_after_its_projection() -> None:
     config = train_config(batch_size=4)
     clips = draw_clips(config, batch(config), jax.random.key(0))
@@ -320,6 +358,9 @@ def test_a_dropped_condition_is_zero_after_its_projection() -> None:
     np.testing.assert_array_equal(seen["audio"], seen["kv"])
     np.testing.assert_array_equal(seen["reference"].any(axis=(1, 2, 3, 4)), noise.keep_reference)
     np.testing.assert_array_equal(seen["reference"][0], clips.reference[0])
+    keep = jax.random.bernoulli(jax.random.key(2), 0.5, clips.gt.shape[:2])
+    denoised(Spy(), clips, noise._replace(keep_reference=keep))
+    np.testing.assert_array_equal(seen["reference"].any(axis=(2, 3, 4)), keep)
 
 
 def test_latents_are_drawn_in_fp32_of_what_is_stored_in_fp16() -> None:
