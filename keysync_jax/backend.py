@@ -69,14 +69,15 @@ def keep_compiled(folder: Path) -> None:
     Where the folder cannot be made nothing is kept.
 
     Args:
-      folder: of several processes of a run only the first one writes, so they need one that all of them see.
+      folder: its path is in the programs' keys, so another folder has none of them. Of several processes of a
+        run only the first one writes, so they need one that all of them see.
     """
     if getattr(jax.config, _FOLDER) is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             return
-        jax.config.update(_FOLDER, str(folder))
+        jax.config.update(_FOLDER, str(folder.absolute()))
     if _MIN_SECONDS.upper() not in os.environ and getattr(jax.config, _MIN_SECONDS) == _JAX_MIN_SECONDS:
         jax.config.update(_MIN_SECONDS, 0.0)
     # cuDNN's attention is partitioned by a Python function, whose address is another one in every process.

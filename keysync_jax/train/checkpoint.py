@@ -25,6 +25,7 @@ from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.files import write_json
 from keysync_jax.train.config import AnyTrainConfig, CheckpointConfig, train_config_from
+from keysync_jax.train.hosts import decided
 from keysync_jax.train.inputs import PLACES, Inputs, check_inputs, read_inputs
 from keysync_jax.train.step import TrainState
 
@@ -41,7 +42,7 @@ class Checkpoints:
 
     Saving is asynchronous: the arrays are copied, training goes on, and the folder appears under its step
     when all of it is on disk. Older ones are removed only then. On several hosts every process makes the
-    same calls.
+    same calls; which checkpoints there are at the beginning is what process 0 sees.
 
     Args:
       folder: of the checkpoints; made where it is not there.
@@ -68,11 +69,12 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"{folder}: cannot be used ({error.strerror or error})") from error
         self._saving: tuple[int, Any] | None = None
+        self._latest: int | None = decided(lambda: max(saved_steps(self.folder), default=None))
 
     @property
     def latest(self) -> int | None:
-        """Step of the last complete checkpoint."""
-        return max(saved_steps(self.folder), default=None)
+        """Step of the last complete checkpoint, the same in every process."""
+        return self._latest
 
     def save(self, state: TrainState, step: int) -> None:
         """Starts saving a checkpoint; a step that is there already is left as it is.
@@ -81,7 +83,7 @@ class Checkpoints:
           UserError: this save or the one before it failed; the last complete checkpoint stays.
         """
         self.wait()
-        if step in saved_steps(self.folder):
+        if step == self._latest:
             return
         try:
             response = self._checkpointer.save_async(step, _as_tree(state), force=True)
@@ -103,6 +105,7 @@ class Checkpoints:
         # tensorstore reports a full disk as ValueError, Orbax some failures as RuntimeError.
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(step, error) from error
+        self._latest = step
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The last checkpoint, bit for bit.
@@ -213,6 +216,8 @@ def saved_steps(folder: Path) -> list[int]:
 
 def settle_config(workdir: Path, config: AnyTrainConfig, inputs: Inputs | None = None) -> None:
     """Stores the effective config with the run; a run that has a checkpoint must go on with the same one.
+
+    On several hosts process 0 does it for all (`hosts.decided`).
 
     Args:
       inputs: what the config's paths hold now. They are stored and compared likewise, and the paths of inputs

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from keysync_jax.backend import computing
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.model import model_folder, open_model
@@ -26,6 +27,7 @@ from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.data import Samples, load
 from keysync_jax.train.fits import check_alike, check_fits
 from keysync_jax.train.flops import device_peak, step_flops, vae_step_flops
+from keysync_jax.train.hosts import decided
 from keysync_jax.train.inputs import Inputs, inputs_of
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.preview import Preview
@@ -77,8 +79,9 @@ def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Out
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh, config.batch_size)
     job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
-    settle_config(workdir, config, job.inputs)
+    decided(lambda: settle_config(workdir, config, job.inputs))
     with ExitStack() as stack:
+        stack.enter_context(computing(config.dtype))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         start = checkpoints.latest or 0
         if start >= config.steps:
