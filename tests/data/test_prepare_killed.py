@@ -1,4 +1,4 @@
-"""A signal in the middle of a command: no worker outlives it, and the next run leaves nothing of it behind."""
+"""A signal in the middle of a command: no worker outlives it, and the next run leaves nothing of it."""
 
 import os
 import signal
