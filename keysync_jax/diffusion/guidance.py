@@ -29,6 +29,7 @@ class Branch:
 class Guidance(Protocol):
     """Branches and their weights: the guided output is the weighted sum of the branches'.
 
+    Branches without audio come first, so that what depends on the audio is computed for the others alone.
     A guidance is a pytree: its branches are compiled in, its scales are arguments.
     """
 
@@ -91,6 +92,13 @@ def keep(guidance: Guidance, condition: str, x: Array) -> Array:
 def repeat(guidance: Guidance, x: Array) -> Array:
     """`[B, ...]` -> `[branches * B, ...]`: the same in every branch."""
     return jnp.concatenate([x] * len(guidance.branches))
+
+
+def heard(guidance: Guidance, x: Array) -> Array:
+    """`[B, ...]` -> `[n * B, ...]`: the same in each of the n branches that keep the audio, the last ones."""
+    kept = [branch.audio for branch in guidance.branches]
+    assert kept == sorted(kept)
+    return jnp.concatenate([x] * sum(kept))
 
 
 def combine(guidance: Guidance, x: Array) -> Array:

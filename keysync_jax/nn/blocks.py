@@ -116,21 +116,34 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(dim, dtype=dtype, rngs=rngs)
         self.ff = FeedForward(dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, key_value: KeyValue, remat: bool = False) -> Array:
-        """`[B * R, N, D]` -> same; `key_value` of the B windows, each seen by its R rows of tokens.
+    def __call__(self, x: Array, key_value: KeyValue, windows: int, remat: bool = False) -> Array:
+        """`[B * R, N, D]` -> same; each of the B = `windows` windows has R rows of tokens.
 
-        With `remat` the backward pass computes the inside of each layer again.
+        `key_value` is of all windows or of the last ones; those before have zero audio. With `remat` the
+        backward pass computes the inside of each layer again.
         """
         if self.ff_in is not None and self.norm_in is not None:
             x = x + _layer(lambda self, x: self.ff_in(self.norm_in(x)), self, remat)(x)
         x = x + _layer(lambda self, x: self.attn1(self.norm1(x)), self, remat)(x)
-        x = x + _layer(BasicTransformerBlock._cross_attention, self, remat)(x, key_value)
+        silent = len(x) // windows * (windows - len(key_value[0]))
+        heard = _layer(BasicTransformerBlock._cross_attention, self, remat)(x[silent:], key_value)
+        x = x + (heard if silent == 0 else self._after_silence(heard, silent))
         return x + _layer(lambda self, x: self.ff(self.norm3(x)), self, remat)(x)
 
     def _cross_attention(self, x: Array, key_value: KeyValue) -> Array:
         windows = key_value[0].shape[0]
         query = self.norm2(x).reshape(windows, -1, x.shape[-1])
         return self.attn2(query, key_value).reshape(x.shape)
+
+    def _after_silence(self, heard: Array, silent: int) -> Array:
+        """What cross-attention adds where the first rows have zero audio.
+
+        Keys and values have no bias: of a zero vector they are zero, and the output's bias is what is left.
+        """
+        bias = self.attn2.to_out.bias
+        assert bias is not None
+        nothing = jnp.broadcast_to(bias[...].astype(heard.dtype), (silent, *heard.shape[1:]))
+        return jnp.concatenate([nothing, heard])
 
 
 def _layer(call: Callable[..., Array], block: BasicTransformerBlock, remat: bool) -> Callable[..., Array]:
@@ -160,13 +173,13 @@ class TransformerSpatioTemporalModel(nnx.Module):
         )
 
     def __call__(self, x: Array, key_value: tuple[KeyValue, KeyValue], remat: bool = False) -> Array:
-        """`[B, T, H, W, C]` -> same; `remat` as `BasicTransformerBlock` takes it."""
+        """`[B, T, H, W, C]` -> same; `key_value` and `remat` as `BasicTransformerBlock` takes them."""
         b, t, h, w, c = x.shape
         hidden = self.norm(x.reshape(b * t, h, w, c)).reshape(b * t, h * w, c)
-        space = self.transformer_blocks[0](self.proj_in(hidden), key_value[0], remat)
+        space = self.transformer_blocks[0](self.proj_in(hidden), key_value[0], b, remat)
         space = space.reshape(b, t, h * w, c)
         number = self.time_pos_embed(sinusoid(jnp.arange(t), c).astype(x.dtype))
         time = (space + number[:, None]).swapaxes(1, 2).reshape(b * h * w, t, c)
-        time = self.temporal_transformer_blocks[0](time, key_value[1], remat)
+        time = self.temporal_transformer_blocks[0](time, key_value[1], b, remat)
         time = time.reshape(b, h * w, t, c).swapaxes(1, 2)
         return x + self.proj_out(self.time_mixer(space, time)).reshape(x.shape)

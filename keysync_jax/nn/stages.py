@@ -68,7 +68,8 @@ class Stage(nnx.Module):
           c_noise: `[B]` fp32.
           audio: `[B, T, D]`, projected; zeros where the audio is dropped.
           reference: as `condition` takes it.
-          key_value: `key_value(audio)`, where the caller has it already.
+          key_value: `key_value(audio)`, where the caller has it already; of the last windows alone where the
+            audio of those before is zero.
           record: see `UNet.__call__`.
 
         Returns:

@@ -138,7 +138,8 @@ class UNet(nnx.Module):
           x: `[B, T, H, W, in_channels]`, already scaled by c_in, condition concatenated.
           c_noise: `[B]` fp32.
           addition: `[B, T, addition_embed_dim]`, each frame's audio vector.
-          key_value: what `key_value` returned for these B windows.
+          key_value: what `key_value` returned for these B windows, or for the last of them: the windows
+            before have zero audio, and no work is done to attend to it.
           record: is filled with named intermediates, `[B, T, H, W, C]` each.
 
         Returns:

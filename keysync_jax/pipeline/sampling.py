@@ -14,6 +14,7 @@ from keysync_jax.diffusion.guidance import (
     Separated,
     Unguided,
     combine,
+    heard,
     keep,
     repeat,
 )
@@ -53,7 +54,8 @@ def sample_windows(
 ) -> Array:
     """Samples the latents of a batch of windows.
 
-    Keys and values of the cross-attention are computed once a window, before the loop.
+    Keys and values of the cross-attention are computed once a window, before the loop, and used in the
+    branches that have audio; in the others it adds a constant.
 
     Args:
       graphdef, params: a `nn.stages.Stage`.
@@ -63,9 +65,10 @@ def sample_windows(
       Scaled latents `[B, T, h, w, 4]` fp32; equal to `gt` where the mask is 0.
     """
     stage = bind(graphdef, params)
-    audio = keep(guidance, "audio", stage.project_audio(windows.audio))
+    projected = stage.project_audio(windows.audio)
+    audio = keep(guidance, "audio", projected)
     reference = keep(guidance, "reference", windows.reference)
-    key_value = stage.key_value(audio)
+    key_value = stage.key_value(heard(guidance, projected))
     gt, mask = repeat(guidance, windows.gt), repeat(guidance, windows.mask)
 
     def network(x: Array, c_noise: Array) -> Array:
