@@ -1,7 +1,7 @@
 """Full-size networks map one to one onto the reference's tensors; shapes alone, nothing is allocated."""
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,38 @@ def test_keys_and_values_are_computed_once_a_window() -> None:
     # Besides keys and values only the per-frame embedding reads the 1024-wide audio vectors.
     assert len(wide) == len(found) + 1
     assert all(e.invars[0].aval.shape == (2, 14, 1024) for e in wide)
+
+
+def test_windows_without_audio_need_no_keys() -> None:
+    """Keys and values have no bias, so of zero audio the cross-attention makes its output's bias."""
+    config = StageConfig(
+        "keyframe",
+        "hubert",
+        UNetConfig(in_channels=8, block_out_channels=(32, 32), attention_levels=(0,), layers_per_block=1,
+                   head_dim=16, cross_attention_dim=24, addition_embed_dim=24),
+        latent_size=4,
+    )  # fmt: skip
+    graphdef, params = init(lambda rngs: stage(config, rngs=rngs))
+    # As initialised a bias is zero, and nothing could be told of where it is added.
+    params = {
+        k: jax.random.normal(jax.random.key(i), v.shape) if k.endswith("to_out.bias") else v
+        for i, (k, v) in enumerate(params.items())
+    }
+    draw = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, 14, 4, 4, 4), (3, 14, 24)])]
+    x, audio = draw[0], draw[1].at[:2].set(0)
+
+    @partial(jax.jit, static_argnums=1)
+    def of(params: Any, first: int) -> jax.Array:
+        model = bind(graphdef, params)
+        reference = jnp.zeros((3, 1, 4, 4, 4))
+        return model(x, jnp.zeros(3), audio, reference, model.key_value(audio[first:]))
+
+    def run(first: int) -> np.ndarray:
+        return np.asarray(of(params, first))
+
+    everywhere = run(0)
+    np.testing.assert_allclose(run(2), everywhere, atol=1e-5 * np.abs(everywhere).max())
+    assert np.abs(run(2)[:2] - run(2)[2]).max() > 1e-3
 
 
 def test_interpolation_condition_has_the_ends_z_m_and_the_indicator() -> None:
