@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from keysync_jax.bench.workloads import random_arrays
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.convert.table import Table
 from keysync_jax.convert.unet import stage_config, stage_table
@@ -97,12 +98,8 @@ def test_windows_without_audio_need_no_keys() -> None:
                    head_dim=16, cross_attention_dim=24, addition_embed_dim=24),
         latent_size=4,
     )  # fmt: skip
-    graphdef, params = init(lambda rngs: stage(config, rngs=rngs))
-    # As initialised a bias is zero, and nothing could be told of where it is added.
-    params = {
-        k: jax.random.normal(jax.random.key(i), v.shape) if k.endswith("to_out.bias") else v
-        for i, (k, v) in enumerate(params.items())
-    }
+    graphdef, abstract = shapes(lambda rngs: stage(config, rngs=rngs))
+    params = random_arrays(abstract)
     draw = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(3, 14, 4, 4, 4), (3, 14, 24)])]
     x, audio = draw[0], draw[1].at[:2].set(0)
 
