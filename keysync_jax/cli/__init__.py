@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from keysync_jax import __version__
-from keysync_jax.cli import data, dubbing, evaluation, models, training
+from keysync_jax.cli import data, dubbing, evaluation, models, parity, training
 from keysync_jax.errors import UserError
 
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         data.add_synth,
         evaluation.add_synth_eval,
         evaluation.add_demo,
-        models.add_parity,
+        parity.add_parity,
     ):
         add(commands)
     return parser

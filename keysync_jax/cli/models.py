@@ -1,4 +1,4 @@
-"""Subcommands that turn models into others, or compare them: convert, export, parity."""
+"""Subcommands that turn models into others: convert, export."""
 
 import argparse
 from pathlib import Path
@@ -91,22 +91,3 @@ def _export(arguments: argparse.Namespace) -> int:
         export(arguments.source, arguments.output, arguments.base, arguments.average, arguments.dtype)
     print(f"wrote {arguments.output}")
     return 0
-
-
-def add_parity(commands: Commands) -> None:
-    """`keysync parity`."""
-    parser = commands.add_parser("parity", help="compare with the PyTorch reference's numbers")
-    parser.add_argument(
-        "--golden", required=True, metavar="PREFIX", help="of PREFIX.manifest.json and PREFIX.safetensors"
-    )
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the networks (default fp32)"
-    )
-    parser.set_defaults(run=_parity, resumable=False, less_memory="try a smaller golden file")
-
-
-def _parity(arguments: argparse.Namespace) -> int:
-    from keysync_jax.parity.compare import compare, report
-
-    held = report(compare(arguments.golden, arguments.dtype), write=lambda line: print(line, flush=True))
-    return 0 if held else 1
