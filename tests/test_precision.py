@@ -16,7 +16,7 @@ import pytest
 
 from keysync_jax.config import VAEConfig
 from keysync_jax.data.prepare import PrepareSettings, prepare
-from keysync_jax.data.records import Manifest
+from keysync_jax.data.records import Dataset, Manifest
 from keysync_jax.evaluation.pairs import Pair
 from keysync_jax.metrics.mouth import PATCH, MouthReader
 from keysync_jax.model import DEFAULT, open_model
@@ -77,7 +77,8 @@ def test_prepare(dtype: Any, encoder: Lowered, tmp_path: Path) -> None:
 
 def test_init(encoder: Lowered, tmp_path: Path) -> None:
     weights = parameters(shapes(lambda rngs: VAE(VAE_SIZES, rngs=rngs))[1])
-    latent_std(vae_run(write_dataset(tmp_path / "data")), weights)
+    folder = write_dataset(tmp_path / "data")
+    latent_std(vae_run(folder), weights, [Dataset(folder)])
     assert encoder.found == {"HIGHEST"}
 
 
@@ -162,7 +163,7 @@ def test_dub(dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         found.append(current())
         raise StoppedError
 
-    monkeypatch.setattr(dub_module, "_geometry", geometry)
+    monkeypatch.setattr(dub_module, "_landmarks", geometry)
     video, voice = write_video(tmp_path / "a.mp4", 16), write_voice(tmp_path / "a.wav", 0.5)
     with pytest.raises(StoppedError):
         dub_module.dub(video, voice, tmp_path / "out.mp4", DEFAULT, dub_module.DubSettings(dtype=dtype))

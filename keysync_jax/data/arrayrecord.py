@@ -42,7 +42,6 @@ class RecordWriter:
 
     def __init__(self, path: Path):
         self.path, self.records = path, 0
-        self._stack = ExitStack()
         with ExitStack() as stack:
             self._partial = stack.enter_context(temporary(path))
             try:

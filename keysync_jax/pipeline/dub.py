@@ -176,10 +176,12 @@ def dub(
         if output.resolve() == source_file.resolve():
             raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
     source = _probe(video, voice)
+    if not isinstance(model, Model):
+        model = model_folder(model, settings.allow_download)
     given = _given_landmarks(source, settings)
     occluder = _given_occluder(source, settings)
     if not isinstance(model, Model):
-        model = _open(model_folder(model, settings.allow_download), phases)
+        model = _open(Path(model), phases)
     if model.config.keyframe.frames != FRAMES:
         raise UserError(
             f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"

@@ -20,10 +20,12 @@ DUB_CODE = (
     "errors",
     "extras",
     "files",
+    "hub",
     "media",
     "model",
     "nn",
     "pipeline",
+    "public",
     "tensorfile",
     "typing",
 )

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 B = TypeVar("B")
 
 BATCHES_AHEAD = 2
-"""Batches that a process reads ahead; one of 32 clips at full size holds 120 MB."""
+"""Batches that a process reads ahead; one of 32 clips at full size holds 61 MB, 36 without a pixel loss."""
 
 
 @dataclass(frozen=True)

@@ -178,4 +178,7 @@ def test_a_machine_that_fails_gets_a_sentence(
 
     monkeypatch.setattr("keysync_jax.cli.data._synth", fail)
     assert main(["synth", "-n", "1", "-o", "x"]) == 2
-    assert capsys.readouterr().err == "keysync: clip.mp4: Too many open files\n"
+    assert capsys.readouterr().err == (
+        "keysync: clip.mp4: Too many open files; raise the limit (ulimit -n); "
+        "the same command goes on where this one was\n"
+    )
