@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from keysync_jax.cli.common import Commands
+from keysync_jax.cli.common import Commands, keep_compiled_programs
 from keysync_jax.errors import UserError
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
@@ -76,6 +76,7 @@ def _refuse_live_options(arguments: argparse.Namespace) -> None:
 
 
 def _golden(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
     from keysync_jax.files import new_folder
     from keysync_jax.parity.compare import compare
     from keysync_jax.parity.report import held, report, write_report
@@ -92,6 +93,7 @@ def _golden(arguments: argparse.Namespace) -> int:
 def _live(arguments: argparse.Namespace) -> int:
     # Both sides are on one device: JAX must not take most of its memory before the release has run.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    keep_compiled_programs()
     from keysync_jax.files import new_folder, temporary_folder
     from keysync_jax.parity.live import Request, compare_live, networks
     from keysync_jax.parity.release import Release, own_device

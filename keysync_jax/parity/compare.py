@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from keysync_jax.backend import computing
 from keysync_jax.errors import UserError
 from keysync_jax.parity.bounds import Bounds, distance, kind_of
 from keysync_jax.parity.clip import ClipRun
 from keysync_jax.parity.golden import Golden
-from keysync_jax.parity.ours import DTYPES, StageNetwork, VAENetwork
+from keysync_jax.parity.ours import PRODUCTS, StageNetwork, VAENetwork
 from keysync_jax.typing import Array
 
 
@@ -51,7 +52,7 @@ def compare(prefix: str | Path, dtype: str | Mapping[str, str] = "fp32") -> Iter
 
     Args:
       prefix: path without `.manifest.json` and `.safetensors`.
-      dtype: one of `ours.DTYPES`, of the computation; or one for each network.
+      dtype: one of `ours.DTYPES`, or one for each network; of the computation, as `dub` and `train` compute.
 
     Raises:
       UserError: a file is missing, an entry is none that this program knows, or tf32 without a GPU.
@@ -91,7 +92,7 @@ def _compared(
 ) -> Iterator[Comparison]:
     bounds = Bounds(golden, entries, dtype, "cuda" if jax.default_backend() == "gpu" else "cpu")
     for entry in entries:
-        with jax.default_matmul_precision(DTYPES[dtype][1]):
+        with computing(PRODUCTS[dtype]):
             ours = np.asarray(run(entry.partition("/")[2]), np.float32)
         reference = golden.stored[entry]
         if ours.shape != reference.shape:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from keysync_jax.config import StageKind
+from keysync_jax.config import Dtype, StageKind
 from keysync_jax.diffusion import loss as losses
 from keysync_jax.diffusion import precond
 from keysync_jax.diffusion.guidance import ClassifierFree, Guidance, Separated
@@ -23,14 +23,11 @@ from keysync_jax.parity.golden import Golden, StageInputs, stacked
 from keysync_jax.pipeline.sampling import Windows, sample_steps, sample_windows
 from keysync_jax.typing import Array, Params
 
-DTYPES: dict[str, tuple[Any, str]] = {
-    **{name: (dtype, "highest") for name, dtype in MODEL_DTYPES.items()},
-    "fp16": (jnp.float16, "highest"),
-    "tf32": (jnp.float32, "tensorfloat32"),
-}
-"""Name -> dtype of the computation, and the precision of the products of fp32 matrices and convolutions.
+DTYPES: dict[str, Any] = MODEL_DTYPES | {"fp16": jnp.float16}
+"""Dtype of the arrays of a network; fp16 is here to be compared alone: a dub computes in fp32 or bf16."""
 
-fp16 is here to be compared alone: a dub computes in fp32 or bf16."""
+PRODUCTS: dict[str, Dtype] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "bf16"}
+"""Name -> the dtype whose precision of products (`backend.computing`) counts."""
 
 
 def watch(model: Any, record: Record, entries: Collection[str]) -> None:
@@ -69,7 +66,7 @@ class StageNetwork:
 
     def __init__(self, golden: Golden, kind: StageKind, dtype: str, inputs: bool = True):
         self.golden, self.config = golden, golden.stage_config(kind)
-        self.name, self.dtype = dtype, DTYPES[dtype][0]
+        self.name, self.dtype = dtype, DTYPES[dtype]
         # The backward pass keeps as little as it can, so that full size fits in memory.
         self.graphdef, _ = shapes(engine.make(self.config, self.dtype, remat="layer"))
         self.table, wanted = engine.table_of(self.config)
@@ -234,7 +231,7 @@ class VAENetwork:
 
     def __init__(self, golden: Golden, dtype: str):
         self.golden, self.config = golden, golden.vae_config()
-        self.graphdef, _ = shapes(engine.make(self.config, DTYPES[dtype][0]))
+        self.graphdef, _ = shapes(engine.make(self.config, DTYPES[dtype]))
         table, wanted = engine.table_of(self.config)
         self.params = golden.params("first_stage", table, wanted, jnp.asarray)
 

@@ -28,7 +28,12 @@ class Networks:
     clips: int = 1
 
     def __getitem__(self, network: str) -> StageConfig | VAEConfig:
-        return {"keyframe": self.keyframe, "interpolation": self.interpolation, "vae": self.vae}[network]
+        configs: dict[str, StageConfig | VAEConfig] = {
+            "keyframe": self.keyframe,
+            "interpolation": self.interpolation,
+            "vae": self.vae,
+        }
+        return configs[network]
 
 
 def _stages(unet: dict[str, Any], latent_size: int) -> tuple[StageConfig, StageConfig]:
@@ -40,8 +45,8 @@ def _stages(unet: dict[str, Any], latent_size: int) -> tuple[StageConfig, StageC
 
 def tiny() -> Networks:
     """The networks of the golden files: two levels, 8 x 8 latents."""
-    unet: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1, "attention_levels": (0, 1), "head_dim": 16}
-    unet |= {"cross_attention_dim": 48, "addition_embed_dim": 48}
+    unet: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1, "head_dim": 16}
+    unet |= {"attention_levels": (0, 1), "cross_attention_dim": 48, "addition_embed_dim": 48}
     return Networks("tiny", *_stages(unet, 8), VAEConfig((32, 64), layers_per_block=1), clips=2)
 
 
