@@ -1,4 +1,7 @@
-"""The errors of a comparison as a picture: entries in the order of the computation, one panel a network."""
+"""The errors of a comparison as a picture: entries in the order of the computation.
+
+A panel for each network, and one for its training.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,11 +21,9 @@ def write_picture(path: Path, comparisons: Sequence[Comparison], title: str) -> 
     """Writes a PNG; each panel shows the errors, floors and bounds of its entries on a logarithmic scale."""
     import cv2
 
-    networks = list(dict.fromkeys(c.entry.partition("/")[0] for c in comparisons))
+    names = dict.fromkeys(_panel_of(c.entry) for c in comparisons)
     scale = _Scale(comparisons)
-    panels = [
-        _panel(name, [c for c in comparisons if c.entry.startswith(f"{name}/")], scale) for name in networks
-    ]
+    panels = [_panel(name, [c for c in comparisons if _panel_of(c.entry) == name], scale) for name in names]
     head = np.full((TOP, WIDTH, 3), 255, np.uint8)
     _text(head, title, (LEFT, 26), INK)
     for x, (name, colour) in zip((900, 1010, 1190, 1320), _LEGEND, strict=True):
@@ -51,6 +52,11 @@ class _Scale:
         power = math.log10(value) if value > 0 else self.low
         share = min(max((power - self.low) / (self.high - self.low), 0.0), 1.0)
         return round(PANEL - BOTTOM - share * (PANEL - 2 * BOTTOM))
+
+
+def _panel_of(entry: str) -> str:
+    network = entry.partition("/")[0]
+    return f"{network}, training" if _group(entry) == "training" else network
 
 
 def _panel(name: str, comparisons: Sequence[Comparison], scale: _Scale) -> np.ndarray:

@@ -103,7 +103,7 @@ def test_an_answer_becomes_golden_files(tmp_path: Path) -> None:
     assert golden.stored["keyframe/out/network"].shape == (2, 3)
     assert golden.stage_config("interpolation") == sizes.tiny().interpolation
     assert golden.vae_config() == sizes.tiny().vae
-    assert golden.precision == {"keyframe": "fp32", "interpolation": "fp32", "vae": "fp32"}
+    assert golden.precision == dict.fromkeys(("keyframe", "interpolation", "vae", "clip"), "fp32")
     assert {path.name for path in folder.iterdir()} == {"live.manifest.json", "live.safetensors"}
     notes = json.loads((folder / "live.manifest.json").read_text())["release"]["notes"]
     assert len(notes) == 4
