@@ -49,14 +49,22 @@ test: $(INSTALLED)  ## Run the tests (PYTEST_FLAGS: which, how)
 # KEYSYNC_REFERENCE_PYTHON name its checkout and its environment's interpreter.
 PARITY := build/parity
 LIVE = $(BIN)/keysync parity --reference "$(KEYSYNC_REFERENCE)" --python "$(KEYSYNC_REFERENCE_PYTHON)" --size full
-parity-gpu: $(INSTALLED)  ## Compare with the reference on a GPU; tables and pictures in build/parity
+parity-gpu: $(INSTALLED)  ## Compare with the reference on a GPU; build/parity/table.md, pictures
 	@rm -rf $(PARITY)
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest tests/parity -m 'gpu or reference'
+	@failed=0; set -x; \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	    $(BIN)/python -m pytest tests/parity -m 'gpu or reference' || failed=1; \
 	for dtype in fp32 tf32 bf16 fp16; do \
-	    $(BIN)/keysync parity --golden tests/golden/tiny --dtype $$dtype -o $(PARITY)/golden-$$dtype || exit; done
-	test -z "$(KEYSYNC_REFERENCE)" || $(LIVE) --training -o $(PARITY)/full-fp32
-	test -z "$(KEYSYNC_REFERENCE)" || for script in infer_raw inference; do \
-	    $(LIVE) --as-released $$script -o $(PARITY)/full-$$script || exit; done
+	    $(BIN)/keysync parity --golden tests/golden/tiny --dtype $$dtype -o $(PARITY)/golden-$$dtype || failed=1; \
+	done; \
+	if test -n "$(KEYSYNC_REFERENCE)"; then \
+	    $(LIVE) --training -o $(PARITY)/full-fp32 || failed=1; \
+	    for script in infer_raw inference; do \
+	        $(LIVE) --as-released $$script -o $(PARITY)/full-$$script || failed=1; \
+	    done; \
+	fi; \
+	cat $(PARITY)/*/report.md > $(PARITY)/table.md; \
+	exit $$failed
 
 lint: style types layers  ## Check format, style, types and import layers
 

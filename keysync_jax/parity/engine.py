@@ -148,11 +148,14 @@ def blocks(config: AnyConfig) -> dict[str, str]:
 
 @cache
 def layers(config: AnyConfig) -> dict[str, str]:
-    """Entry of every layer that has parameters of its own -> the release's module; paths are ours."""
-    table, _ = table_of(config)
-    held = {r.torch.rpartition(".")[0] for r in table.rows}
+    """Entry of every layer that has parameters of its own -> the release's module; paths are ours.
+
+    Of the VAE without the quant convolution: the release's engine has none, its inputs went through it.
+    """
+    rows = [r for r in table_of(config)[0].rows if not r.path.startswith("quant_conv.")]
+    held = {r.torch.rpartition(".")[0] for r in rows}
     modules = {
-        f"layer/{r.path.rpartition('.')[0]}": r.torch.rpartition(".")[0] for r in table.rows if "." in r.path
+        f"layer/{r.path.rpartition('.')[0]}": r.torch.rpartition(".")[0] for r in rows if "." in r.path
     }
     return {k: m for k, m in modules.items() if not any(other.startswith(f"{m}.") for other in held)}
 

@@ -44,7 +44,8 @@ bf16, fp16: autocast. The scripts decode outside autocast. `infer_raw` and `infe
 
 EXACT = dict.fromkeys(NETWORKS, "fp64")
 
-GPU_ONLY = {"tf32", "medium"}
+GPU_ONLY = {"tf32", "train"}
+"""Precisions of which nothing is left on a CPU."""
 
 FEW = 200_000_000
 """Parameters up to which the gradients of all are compared; above it, those of one in each part."""
@@ -52,8 +53,17 @@ FEW = 200_000_000
 Say = Callable[[str], object]
 
 
-def our_precision(precision: str) -> dict[str, str]:
-    """What we compute each network in, beside the release in a precision of `PRECISIONS`."""
+def our_precision(precision: str, device: str) -> dict[str, str]:
+    """What we compute each network in, beside the release in a precision of `PRECISIONS`.
+
+    On a CPU we have no TF32 and compute in fp32; the release's is emulated (`capture`).
+    """
+    tf32 = "fp32" if device == "cpu" else "tf32"
+    return {network: name.replace("tf32", tf32) for network, name in _stated(precision).items()}
+
+
+def _stated(precision: str) -> dict[str, str]:
+    """The release's precision of each network and of the whole pipeline, by a name of `bounds.ROUNDING`."""
     networks = {network: name.replace("medium", "tf32") for network, name in PRECISIONS[precision].items()}
     return networks | {"clip": max(networks.values(), key=lambda name: ROUNDING[name])}
 
@@ -98,7 +108,7 @@ def compare_live(release: Release, request: Request, folder: Path, exact: bool, 
     notes = [*about.pop("notes"), *_described(about)]
     for sentence in _described(about):
         say(sentence)
-    done = report(compare(prefix, our_precision(request.precision)), say)
+    done = report(compare(prefix, our_precision(request.precision, release.device)), say)
     title = f"{request.networks.size}, {request.precision}, {about['device']}"
     write_report(folder, done, {"title": title, "notes": notes, **about})
     return held(done)
@@ -108,6 +118,10 @@ def _described(about: Mapping[str, Any]) -> list[str]:
     """Sentences about the release's environment."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     sentences = [f"The release ran on {about['device']} with {versions}, in {about['seconds']:.0f} s."]
+    if about["device"] == "cpu" and "tf32" in PRECISIONS[about["precision"]].values():
+        sentences.append(
+            "TF32 is emulated: the operands of its convolutions are rounded. Ours is in fp32 there."
+        )
     missing = [name for name in about["stand_ins"] if name != "xformers"]
     if "xformers" in about["stand_ins"]:
         sentences.append("Attention is torch's scaled_dot_product_attention, in xformers' place.")
@@ -130,8 +144,12 @@ def make_golden(release: Release, request: Request, folder: Path, exact: bool, s
       UserError: the release cannot be run, or left something else than was asked for.
     """
     precision = PRECISIONS[request.precision]
-    if release.device == "cpu" and (no := sorted(GPU_ONLY & set(precision.values()))):
-        raise UserError(f"{request.precision}: {no[0]} is a way in which GPUs multiply; a CPU has none")
+    if release.device == "cpu" and request.precision in GPU_ONLY:
+        raise UserError(f"{request.precision}: TF32 is a way in which GPUs multiply; a CPU has none")
+    if release.device == "cpu" and "tf32" in precision.values() and not exact:
+        raise UserError(
+            f"{request.precision}: we have no TF32 on a CPU to compare but with the exact numbers"
+        )
     runs = {"live": precision} | ({"live.exact": EXACT} if exact else {})
     with _runs(release, request, folder, say) as run:
         for name, precisions in runs.items():
@@ -294,7 +312,7 @@ def _manifest(request: Request, answer: Mapping[str, Any]) -> dict[str, Any]:
         "tensors": {k: engine.torch_shapes(c) for k, c in tensors.items()} if networks.model is None else {},
         "model": str(networks.model or ""),
         "order": [f"{network}/{entry}" for network, entries in answer["orders"].items() for entry in entries],
-        "precision": our_precision(request.precision),
+        "precision": _stated(request.precision),
         "release": {k: v for k, v in answer.items() if k != "orders"}
         | {"size": networks.size, "precision": request.precision},
     }

@@ -1,5 +1,6 @@
 """The protocol with the release's process: each way in which it can fail is a sentence, nothing is left."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -118,8 +119,8 @@ def test_an_answer_becomes_golden_files(tmp_path: Path) -> None:
         (["--reference", "{tmp}", "--python", "{python}"], "no checkout of the release"),
         (["--reference", "{checkout}", "--python", "{python}", "--dtype", "tf32"], "a CPU has none"),
         (
-            ["--reference", "{checkout}", "--python", "{python}", "--as-released", "inference"],
-            "a CPU has none",
+            ["--reference", "{checkout}", "--python", "{python}", "--as-released", "train"],
+            "train: TF32 is a way in which GPUs multiply",
         ),
         (
             [
@@ -216,3 +217,9 @@ def test_every_layer_has_its_module(golden: Path) -> None:
         assert len(blocks) == 47
     shapes = {k: list(v) for k, v in engine.torch_shapes(sizes.full().vae).items()}
     assert shapes == full["first_stage"]
+
+
+def test_the_quant_convolution_is_no_module_of_the_engine() -> None:
+    with_it = dataclasses.replace(sizes.tiny().vae, quant_conv=True)
+    assert "first_stage_model.quant_conv.weight" in engine.torch_shapes(with_it)
+    assert engine.layers(with_it) == engine.layers(sizes.tiny().vae)
