@@ -111,35 +111,26 @@ def test_an_answer_becomes_golden_files(tmp_path: Path) -> None:
     assert notes[0].startswith("sgm/models is not that of any release known here")
 
 
+LIVE = ["--reference", "{checkout}", "--python", "{python}"]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--reference", "{checkout}"], "needs --python"),
         (["--reference", "{checkout}", "--python", "nowhere"], "nowhere: no Python there"),
         (["--reference", "{tmp}", "--python", "{python}"], "no checkout of the release"),
-        (["--reference", "{checkout}", "--python", "{python}", "--dtype", "tf32"], "a CPU has none"),
-        (
-            ["--reference", "{checkout}", "--python", "{python}", "--as-released", "train"],
-            "train: TF32 is a way in which GPUs multiply",
-        ),
-        (
-            [
-                "--reference",
-                "{checkout}",
-                "--python",
-                "{python}",
-                "--as-released",
-                "train",
-                "--dtype",
-                "fp32",
-            ],
-            "give no --dtype",
-        ),
-        (["--reference", "{checkout}", "--python", "{python}", "--device", "cuda"], "JAX computes on cpu"),
         (["--golden", "x", "--layers"], "--layers goes with --reference"),
+        ([*LIVE, "--dtype", "tf32"], "tf32: TF32 is a way in which GPUs multiply"),
+        ([*LIVE, "--as-released", "train"], "train: TF32 is a way in which GPUs multiply"),
+        ([*LIVE, "--as-released", "train", "--dtype", "fp32"], "give no --dtype"),
+        ([*LIVE, "--as-released", "inference", "--no-exact"], "inference: we have no TF32 on a CPU"),
+        ([*LIVE, "--device", "cuda"], "JAX computes on cpu"),
+        ([*LIVE, "--model", str(DEFAULT)], "keyframe: the release's norms have 32 groups, this model's 8"),
+        ([*LIVE, "--clip", "x.mp4"], "parity on a clip needs --clip, --voice and --model"),
         (
-            ["--reference", "{checkout}", "--python", "{python}", "--model", str(DEFAULT)],
-            "keyframe: the release's norms have 32 groups, this model's 8",
+            [*LIVE, "--model", str(DEFAULT), "--clip", "x.mp4", "--voice", "x.wav"],
+            "the release's pipeline takes 512 pixels",
         ),
     ],
 )
