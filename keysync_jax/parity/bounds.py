@@ -132,6 +132,7 @@ class Bounds:
         self.scales = scales(golden.exact or golden.stored, entries)
         # A floor is one precision's; what the reference computed in another says nothing of it.
         alike = golden.exact and golden.precision.get(network, "fp32") == dtype
+        self.exact = bool(golden.exact)
         self.floors = {
             e: distance(golden.stored[e], golden.exact[e], self.scales[e]) for e in entries if alike
         }
@@ -146,22 +147,25 @@ class Bounds:
         if (kind == "mix" and self.dtype in ("bf16", "fp16")) or (kind == "grad" and self.dtype == "fp16"):
             return math.inf
         if entry not in self.floors:
-            return stored_bound(kind, self.dtype, self.device)
+            return stored_bound(kind, self.dtype, self.device, self.exact)
         floor = self.floors[entry] if self.sizes[entry] >= LARGE else self.largest[kind]
         return MULTIPLE * max(floor, ROUNDING[self.dtype])
 
 
-def stored_bound(kind: str, dtype: str, device: str) -> float:
+def stored_bound(kind: str, dtype: str, device: str, exact: bool = False) -> float:
     """The bound of a kind of entry from stored floors.
 
     In fp32 a device's own, whose algorithms (Winograd's, say) decide; where it has none, the ceiling counts.
+
+    Args:
+      exact: of the distance from exact numbers, as the floor is; else the ceiling counts too.
     """
     ceiling = CEILINGS[dtype].get(kind, math.inf)
     floors = stored_floors(device)
     if not floors and dtype == "fp32" and math.isfinite(ceiling):
         return ceiling
-    floor = (floors or stored_floors())[dtype][kind]
-    return min(MULTIPLE * max(floor, ROUNDING[dtype]), ceiling)
+    bound = MULTIPLE * max((floors or stored_floors())[dtype][kind], ROUNDING[dtype])
+    return bound if exact else min(bound, ceiling)
 
 
 def largest_floors(floors: Mapping[str, float]) -> dict[str, float]:

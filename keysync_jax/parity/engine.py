@@ -1,5 +1,6 @@
 """The release's engine under our configs: settings of its YAML, and its modules beside ours."""
 
+import math
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -20,6 +21,9 @@ from keysync_jax.nn.vae import VAE
 
 NORM_GROUPS, SCALE_FACTOR, LATENT_CHANNELS = 32, 0.18215, 4
 """What the release's code fixes, whatever its YAML says."""
+
+FEW = 200_000_000
+"""Parameters up to which a backward pass fits in memory whatever it keeps."""
 
 AnyConfig = StageConfig | VAEConfig
 
@@ -123,6 +127,12 @@ def torch_shapes(config: AnyConfig) -> dict[str, tuple[int, ...]]:
     table, wanted = table_of(config)
     empty = np.int8(0)
     return {r.torch: r.op.to_torch(np.broadcast_to(empty, wanted[r.path])).shape for r in table.rows}
+
+
+@cache
+def is_large(config: AnyConfig) -> bool:
+    """Whether a backward pass must compute parts again instead of keeping them, and be asked for less."""
+    return sum(math.prod(shape) for shape in torch_shapes(config).values()) > FEW
 
 
 def make(config: AnyConfig, dtype: Any = jnp.float32, remat: Remat = "none") -> Make:

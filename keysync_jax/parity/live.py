@@ -47,9 +47,6 @@ EXACT = dict.fromkeys(NETWORKS, "fp64")
 GPU_ONLY = {"tf32", "train"}
 """Precisions of which nothing is left on a CPU."""
 
-FEW = 200_000_000
-"""Parameters up to which the gradients of all are compared; above it, those of one in each part."""
-
 Say = Callable[[str], object]
 
 
@@ -272,7 +269,7 @@ def _part(release: Release, request: Request, network: str, precision: str, work
     part: dict[str, Any] = {"network": network, "precision": precision, "modules": modules}
     if isinstance(config, StageConfig):
         # What the backward pass would have to keep at full size is more than any device has.
-        settings |= engine.stage_settings(config, release.device, checkpointed=_numbers(config) > FEW)
+        settings |= engine.stage_settings(config, release.device, checkpointed=engine.is_large(config))
         files = [f"{network}.safetensors", *files]
         part |= {"samplers": request.samplers, "cfg_scale": 2.0}
         part["gradients"] = gradients(config) if request.training else []
@@ -285,14 +282,10 @@ def _part(release: Release, request: Request, network: str, precision: str, work
     }
 
 
-def _numbers(config: StageConfig) -> int:
-    return sum(int(np.prod(shape)) for shape in engine.torch_shapes(config).values())
-
-
 def gradients(config: StageConfig) -> list[str]:
     """Names of the tensors whose gradients are compared: all; of a large network the first of each part."""
     names = list(engine.torch_shapes(config))
-    if _numbers(config) <= FEW:
+    if not engine.is_large(config):
         return names
     first: dict[str, str] = {}
     for name in names:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from keysync_jax.config import Dtype, StageKind
+from keysync_jax.config import Dtype, Remat, StageKind
 from keysync_jax.diffusion import loss as losses
 from keysync_jax.diffusion import precond
 from keysync_jax.diffusion.guidance import ClassifierFree, Guidance, Separated
@@ -26,8 +26,8 @@ from keysync_jax.typing import Array, Params
 DTYPES: dict[str, Any] = MODEL_DTYPES | {"fp16": jnp.float16}
 """Dtype of the arrays of a network; fp16 is here to be compared alone: a dub computes in fp32 or bf16."""
 
-PRODUCTS: dict[str, Dtype] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "bf16"}
-"""Name -> the dtype whose precision of products (`backend.computing`) counts."""
+PRODUCTS: dict[str, Dtype] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp32"}
+"""Name -> the dtype whose precision of products (`backend.computing`) counts; JAX's own of fp16 no CPU has."""
 
 
 def watch(model: Any, record: Record, entries: Collection[str]) -> None:
@@ -67,8 +67,10 @@ class StageNetwork:
     def __init__(self, golden: Golden, kind: StageKind, dtype: str, inputs: bool = True):
         self.golden, self.config = golden, golden.stage_config(kind)
         self.name, self.dtype = dtype, DTYPES[dtype]
-        # The backward pass keeps as little as it can, so that full size fits in memory.
-        self.graphdef, _ = shapes(engine.make(self.config, self.dtype, remat="layer"))
+        # A large network's backward pass keeps as little as it can.
+        self.large = engine.is_large(self.config)
+        remat: Remat = "layer" if self.large else "none"
+        self.graphdef, _ = shapes(engine.make(self.config, self.dtype, remat))
         self.table, wanted = engine.table_of(self.config)
         self.params = golden.params(kind, self.table, wanted, jnp.asarray)
         if inputs:
@@ -195,8 +197,9 @@ class StageNetwork:
         paths = {row.path for row in self.table.rows if row.torch in stored}
         some = {k: v for k, v in self.params.items() if k in paths}
         rest = {k: v for k, v in self.params.items() if k not in paths}
-        # Not under jit: the parts run as programs of their own (nn/remat.py).
-        return jax.value_and_grad(lambda p: loss({**rest, **p}), has_aux=has_aux)(some)
+        differentiated = jax.value_and_grad(lambda p: loss({**rest, **p}), has_aux=has_aux)
+        # Parts of a large network run as programs of their own (nn/remat.py).
+        return (differentiated if self.large else jax.jit(differentiated))(some)
 
     def _in_torch(self, name: str, gradients: Mapping[str, Array]) -> np.ndarray:
         row = next(row for row in self.table.rows if row.torch == name)
