@@ -153,7 +153,7 @@ class Bounds:
 
 
 def stored_bound(kind: str, dtype: str, device: str, exact: bool = False) -> float:
-    """The bound of a kind of entry from stored floors.
+    """The bound of a kind of entry from stored floors; none (infinity) of a kind that has none there.
 
     In fp32 a device's own, whose algorithms (Winograd's, say) decide; where it has none, the ceiling counts.
 
@@ -164,7 +164,8 @@ def stored_bound(kind: str, dtype: str, device: str, exact: bool = False) -> flo
     floors = stored_floors(device)
     if not floors and dtype == "fp32" and math.isfinite(ceiling):
         return ceiling
-    bound = MULTIPLE * max((floors or stored_floors())[dtype][kind], ROUNDING[dtype])
+    floor = (floors or stored_floors())[dtype].get(kind, math.inf)
+    bound = MULTIPLE * max(floor, ROUNDING[dtype])
     return bound if exact else min(bound, ceiling)
 
 

@@ -247,7 +247,7 @@ def _quant_conv(networks: Networks) -> Outputs:
 
 
 def _asked(release: Release, request: Request, precisions: Mapping[str, str], work: Path) -> dict[str, Any]:
-    """The request of one run, as `capture.py` reads it."""
+    """The request of one run, as `capture` reads it."""
     return {
         "inputs": str((work / "inputs.safetensors").resolve()),
         "exact": "fp64" in precisions.values(),

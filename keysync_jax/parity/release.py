@@ -1,4 +1,4 @@
-"""The release as a program: its checkout, its environment, a run of `capture.py`, and how that can fail."""
+"""The release as a program: its checkout, its environment, a run of `capture`, and how that can fail."""
 
 import importlib.util
 import json
@@ -69,7 +69,7 @@ class Release:
         return sentences
 
     def run(self, request: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], Outputs]:
-        """Runs `capture.py` on a request in a new folder.
+        """Runs `capture` on a request in a new folder.
 
         Returns:
           What its answer says, and `NETWORK/ENTRY` -> array in the order in which they were computed.
@@ -92,7 +92,7 @@ class Release:
 
     def _wait(self, folder: Path) -> int:
         """The exit code; the process ends with this function, whatever ends it."""
-        command = [str(self.python), "-s", str(Path(capture.__file__).resolve()), str(folder)]
+        command = [str(self.python), "-s", str(Path(capture.__file__).resolve().parent), str(folder)]
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(

@@ -45,6 +45,6 @@ def python(path: Path, script: str) -> Path:
 
 
 def failing(sentence: str) -> str:
-    """A script that answers as `capture.py` does where it cannot go on."""
+    """A script that answers as `capture` does where it cannot go on."""
     content = json.dumps({"sentence": sentence})
     return f"(folder / 'failure.json').write_text({content!r}); sys.exit(3)"

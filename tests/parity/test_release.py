@@ -16,6 +16,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.files import git_tree
 from keysync_jax.model import DEFAULT
 from keysync_jax.parity import capture, engine, sizes
+from keysync_jax.parity.capture import environment
 from keysync_jax.parity.golden import Golden
 from keysync_jax.parity.live import Request, make_golden
 from keysync_jax.parity.release import Release
@@ -161,16 +162,19 @@ def test_a_folders_name_is_gits(tmp_path: Path) -> None:
     assert git_tree(tmp_path) == wanted.stdout.strip()
 
 
-# --- capture.py, without the release --------------------------------------------------------------
+# --- capture, without the release --------------------------------------------------------------
 
 
-def test_a_missing_package_is_named_as_pip_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "NEEDED", ("torch", "no_such_package"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def test_it_asks_for_what_its_environment_lacks_and_needs_nothing_of_ours(tmp_path: Path) -> None:
+    """A Python without any package."""
     (tmp_path / "request.json").write_text("{}")
-    assert capture.main(tmp_path) == 3
-    failure = json.loads((tmp_path / "failure.json").read_text())
-    assert failure["sentence"].endswith("has no no-such-package; pip install no-such-package")
+    folder = Path(capture.__file__).parent
+    command = [sys.executable, "-S", "-E", str(folder), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (3, "")
+    sentence = json.loads((tmp_path / "failure.json").read_text())["sentence"]
+    assert " has no torch, safetensors, numpy, " in sentence
+    assert "pip install torch safetensors numpy einops omegaconf pytorch-lightning" in sentence
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,7 @@ def test_a_missing_package_is_named_as_pip_names_it(tmp_path: Path, monkeypatch:
     ],
 )
 def test_errors_of_the_release_that_have_a_sentence(error: Exception, sentence: str) -> None:
-    said = capture.sentence_of(error)
+    said = environment.sentence_of(error)
     assert sentence in said
     assert bool(sentence) == bool(said)
 
