@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -116,12 +116,16 @@ class StageNetwork:
         return np.moveaxis(reference, -1, 2).reshape(len(reference), -1, *reference.shape[2:4])
 
     def _network(self) -> Array:
-        @jax.jit
-        def run(params: Params) -> Array:
-            model = bind(self.graphdef, params)
-            return model(self.x.x, self.x.c_noise, model.project_audio(self.x.audio), self.x.reference)
+        return stacked(self._jitted_network(self.params, self.x.x, self.x.c_noise))
 
-        return stacked(run(self.params))
+    @cached_property
+    def _jitted_network(self) -> Any:
+        @jax.jit
+        def run(params: Params, x: Array, c_noise: Array) -> Array:
+            model = bind(self.graphdef, params)
+            return model(x, c_noise, model.project_audio(self.x.audio), self.x.reference)
+
+        return run
 
     @cached_property
     def _recorded(self) -> dict[str, Array]:
@@ -151,13 +155,10 @@ class StageNetwork:
 
         return precond.denoise(network, noisy, sigma, self.x.gt, self.x.mask)
 
-    @cached_property
-    def _jitted_denoised(self) -> Any:
-        return jax.jit(self._denoised)
-
     def _denoised_at(self, level: np.float32) -> Array:
         sigma = jnp.full(len(self.x.x), level)
-        return stacked(self._jitted_denoised(self.params, self.x.x * level, sigma))
+        network = partial(self._jitted_network, self.params)
+        return stacked(precond.denoise(network, self.x.x * level, sigma, self.x.gt, self.x.mask))
 
     @property
     def _separated(self) -> Separated:
