@@ -90,7 +90,7 @@ def clip_inputs(model: Model, source: ClipSource) -> dict[str, np.ndarray]:
         f"audio_{stage}": audio_features(config.encoders[kind], model.load_encoder(kind), wave, count)
         for stage, kind in encoders.items()
     }
-    given = {"latents": np.moveaxis(latents, -1, 1), "landmarks": landmarks, **features, **_noise(count)}
+    given = {"latents": np.moveaxis(latents, -1, 1), "landmarks": landmarks, **features, **clip_noise(count)}
     return {f"clip/in/{name}": np.ascontiguousarray(x, np.float32) for name, x in given.items()}
 
 
@@ -115,8 +115,8 @@ def _face(source: ClipSource, count: int) -> tuple[np.ndarray, Iterator[np.ndarr
     return inside, (crop_frame(frame, box, SIDE) for frame, box in zip(frames, boxes, strict=False))
 
 
-def _noise(count: int) -> dict[str, np.ndarray]:
-    """Of every keyframe call that makes one, and of every window."""
+def clip_noise(count: int) -> dict[str, np.ndarray]:
+    """Noise of every keyframe call, and of every window, of a clip of so many frames."""
     plan = make_plan(count)
     shape = (FRAMES, 4, LATENT_SIDE, LATENT_SIDE)
     return {

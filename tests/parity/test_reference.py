@@ -7,13 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
 from keysync_jax.nn.functional import bind
-from keysync_jax.parity import ours, sizes
+from keysync_jax.parity import ours, rules, sizes
+from keysync_jax.parity.clip import AUDIO_DIM, LATENT_SIDE, SIDE, clip_noise
 from keysync_jax.parity.compare import compare, first_parting
 from keysync_jax.parity.live import Request, check_device, make_golden, our_precision
 from keysync_jax.parity.release import Release, own_device
+from tests.clips import face_landmarks
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +75,35 @@ def test_an_epsilon_that_diffusers_has_otherwise_is_found_and_named(
     parting = first_parting(stage)
     assert parting is not None
     assert parting.entry == "keyframe/layer/unet.down_blocks.1.resnets.0.spatial_res_block.norm2"
+
+
+def clip_networks() -> sizes.Networks:
+    """The smallest whose frames, latents and audio have the sizes that the release's pipeline fixes."""
+    unet: dict[str, Any] = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "attention_levels": ()}
+    unet |= {"head_dim": 32, "cross_attention_dim": 32, "addition_embed_dim": 32}
+    keyframe = StageConfig("keyframe", "hubert", UNetConfig(8, **unet))
+    interpolation = StageConfig("interpolation", "hubert", UNetConfig(9, **unet))
+    return sizes.Networks("clip", keyframe, interpolation, VAEConfig((32, 32, 32, 32), layers_per_block=1))
+
+
+@pytest.mark.reference
+def test_the_whole_pipeline_on_a_clip(release: Release, tmp_path: Path) -> None:
+    frames = 27
+    given = {
+        "latents": rules.array("clip/latents", (frames, 4, LATENT_SIDE, LATENT_SIDE)),
+        "landmarks": np.trunc(SIDE / 2 + 8 * (face_landmarks(frames, SIDE, SIDE) - SIDE / 2)),
+        **{f"audio_{stage}": rules.array(f"clip/{stage}", (frames, 2, AUDIO_DIM)) for stage in sizes.STAGES},
+        **clip_noise(frames),
+    }
+    clip = {f"clip/in/{name}": np.ascontiguousarray(x, np.float32) for name, x in given.items()}
+    request = Request(clip_networks(), samplers=False, clip=clip)
+    done = list(compare(make_golden(release, request, tmp_path, exact=True, say=print)))
+    exceeded = [f"{c.entry}: {c.error:.1e} (bound {c.bound:.1e})" for c in done if not c.ok]
+    assert not exceeded
+    pipeline = {c.entry: c for c in done if c.entry.startswith("clip/")}
+    assert set(pipeline) == {f"clip/out/{name}" for name in ("masks", "keyframes", "windows", "frames")}
+    assert pipeline["clip/out/masks"].difference == 0
+    assert max(c.difference for c in pipeline.values()) < 1e-4
 
 
 # --- golden numbers on a GPU ---------------------------------------------------------------------
