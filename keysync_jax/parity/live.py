@@ -252,13 +252,12 @@ def _asked(release: Release, request: Request, precisions: Mapping[str, str], wo
         "inputs": str((work / "inputs.safetensors").resolve()),
         "exact": "fp64" in precisions.values(),
         "networks": [_part(release, request, name, precisions[name], work) for name in NETWORKS],
-        "clip": _clip_part(precisions, work) if request.clip else None,
+        "clip": _clip_part(precisions) if request.clip else None,
     }
 
 
-def _clip_part(precisions: Mapping[str, str], work: Path) -> dict[str, Any]:
-    folder = str((work / "clip").resolve())
-    return {"network": "clip", "modules": {}, "precision": dict(precisions), "folder": folder}
+def _clip_part(precisions: Mapping[str, str]) -> dict[str, Any]:
+    return {"network": "clip", "modules": {}, "precision": dict(precisions)}
 
 
 def _part(release: Release, request: Request, network: str, precision: str, work: Path) -> dict[str, Any]:

@@ -17,15 +17,16 @@ CLIP_OPTIONS = {
 """What scripts/inference.sh gives its pipeline."""
 
 
-def clip_entries(part: dict[str, Any], engines: dict[str, Any], x: Inputs, book: Book) -> None:
+def clip_entries(part: dict[str, Any], engines: dict[str, Any], x: Inputs, book: Book, folder: Path) -> None:
     """The release's pipeline on a clip whose latents, features, landmarks and noise are given.
 
-    Its files are written as its preparation would; the picture, of which it takes the size alone, is black.
+    Its files are written into `folder`, a new one, as its preparation would; the picture, of which it takes
+    the size alone, is black.
     """
     import torch
 
     pipeline: Any = importlib.import_module("scripts.sampling.dubbing_pipeline")
-    folder, latents = Path(part["folder"]), x["latents"]
+    latents = x["latents"]
     write_clip(folder, x)
     picture = torch.zeros(len(latents), 3, *(8 * side for side in latents.shape[2:]), dtype=torch.uint8)
     pipeline.read_video = lambda *_, **__: (picture,)

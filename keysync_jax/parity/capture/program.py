@@ -51,7 +51,7 @@ def capture(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         parts = {part["network"]: part for part in request["networks"] if part["network"] != "vae"}
         engines = {name: build(checkout, part, device) for name, part in parts.items()}
         x, book = Inputs(Path(request["inputs"]), "clip", device), Book()
-        clip_entries(request["clip"], engines, x, book)
+        clip_entries(request["clip"], engines, x, book, folder / "clip")
         save_file({k: tensor.numpy() for k, tensor in book.tensors.items()}, folder / "clip.safetensors")
         orders["clip"] = list(book.tensors)
     return {"orders": orders, "stand_ins": stand_ins, "seconds": round(time.time() - began, 1)} | machine(
