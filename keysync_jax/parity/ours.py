@@ -26,10 +26,8 @@ from keysync_jax.typing import Array, Params
 DTYPES: dict[str, Any] = MODEL_DTYPES | {"fp16": jnp.float16}
 """Dtype of the arrays of a network; fp16 is here to be compared alone: a dub computes in fp32 or bf16."""
 
-PRODUCTS: dict[str, Dtype] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp32"}
-"""Name -> the dtype whose precision of products (`backend.computing`) counts.
-
-No CPU has the one that JAX's attention would choose for fp16."""
+PRODUCTS: dict[str, Dtype] = {"fp32": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "bf16"}
+"""Name -> the dtype whose precision of products (`backend.computing`) counts."""
 
 
 def watch(model: Any, record: Record, entries: Collection[str]) -> None:
