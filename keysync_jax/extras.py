@@ -13,6 +13,7 @@ EXTRAS: Mapping[str, str] = {
     "face_alignment": "face-alignment",
     "grain": "train",
     "huggingface_hub": "hub",
+    "libtpu": "tpu",
     "mediapipe": "landmarks",
     "ml_collections": "train",
     "optax": "train",

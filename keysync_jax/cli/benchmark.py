@@ -26,6 +26,11 @@ def add_bench(commands: Commands) -> None:
         help="PyTorch's networks in turns with ours, or the --json of an earlier run",
     )
     parser.add_argument("--torch-compile", action="store_true", help="with --against torch: torch.compile")
+    parser.add_argument(
+        "--aot",
+        metavar="TOPOLOGY",
+        help="for a TPU that is not here (v5e:2x2, v6e:2x2, v5p:2x2x1, ...): compile and count",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.set_defaults(run=_bench, resumable=False, less_memory="try a smaller --batch or --size")
 
@@ -39,6 +44,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     if beside_torch:
         # Both share the GPU; JAX would take three quarters of it at once.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if arguments.aot is not None:
+        return _ahead(arguments)
     from keysync_jax.bench import report
     from keysync_jax.bench.measure import measure
     from keysync_jax.bench.sizes import size_of
@@ -60,4 +67,25 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(report.table(conditions, rows, before))
     if arguments.json is not None:
         report.save(arguments.json, conditions, rows)
+    return 0
+
+
+def _ahead(arguments: argparse.Namespace) -> int:
+    if arguments.against is not None:
+        raise UserError("--aot runs nothing, so there is nothing to hold --against it")
+    from keysync_jax.extras import needed_for
+
+    with needed_for("keysync bench --aot"):
+        from keysync_jax.bench.aot import compile_ahead, save, table, topology
+        from keysync_jax.bench.sizes import size_of
+        from keysync_jax.bench.workloads import workloads
+
+        chips, size = topology(arguments.aot), size_of(arguments.size)
+    found = []
+    for part in arguments.parts or PARTS:
+        for workload in workloads(part, size, arguments.dtype, arguments.batch):
+            found.append(compile_ahead(workload, chips))
+            print(table(found[-1]), end="\n\n", flush=True)
+    if arguments.json is not None:
+        save(arguments.json, arguments.aot, found)
     return 0

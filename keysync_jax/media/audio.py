@@ -50,10 +50,16 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, AudioStream]]:
 
 
 def probe_audio(path: Path) -> AudioInfo:
-    """Describe an audio file by its header. Raises UserError if it cannot be read or has no audio stream."""
+    """Describe an audio file by its header. Raises UserError if it cannot be read or has no sound."""
     with _opened(path) as (container, stream):
+        if not stream.rate:
+            raise _without_a_sample(path)
         duration = container.duration / av.time_base if container.duration else None
         return AudioInfo(stream.rate, stream.channels, duration)
+
+
+def _without_a_sample(path: Path) -> UserError:
+    return UserError(f"{path} has an audio stream, but not one sample of it can be decoded")
 
 
 def frames_of(samples: int, rate: int = RATE, fps: int = FPS) -> int:
@@ -102,7 +108,7 @@ def open_voice(path: Path, picture: Sequence[Jump] = ()) -> Iterator[Voice]:
         frames = _decoded(container, stream)
         first = next((frame for frame in frames if frame.samples), None)
         if first is None:
-            raise UserError(f"{path} has an audio stream, but not one sample of it can be decoded")
+            raise _without_a_sample(path)
         layout = "mono" if len(first.layout.channels) == 1 else "stereo"
         start = None if container.start_time is None else Fraction(container.start_time, av.time_base)
         clock = _SoundClock(start, first.sample_rate, picture)

@@ -6,6 +6,7 @@ what they name. Here it is handed an open file, may use no protocol to open anot
 in the header of a file would look like damage of the file.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import SEEK_SET
@@ -59,11 +60,21 @@ class _Source:
         try:
             return self._file.read(size)
         except OSError as error:
-            self.fault = error
-            raise
+            raise self._kept(error) from None
 
     def seek(self, offset: int, whence: int = SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                # No fault: FFmpeg looks before the start of a file, as for the size of an empty one.
+                return -errno.EINVAL
+            raise self._kept(error) from None
+
+    def _kept(self, error: OSError) -> OSError:
+        error.filename = error.filename or self.name
+        self.fault = self.fault or error
+        return error
 
 
 @contextmanager

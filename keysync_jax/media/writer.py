@@ -63,7 +63,8 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
     height is odd, which yuv420p cannot hold, the last column or row is repeated once: nothing is cut off.
 
     `voice` is re-encoded as AAC at its own sample rate and in full, whatever the number of frames (a rate
-    that AAC lacks becomes the nearest one it has). `aspect` is the pixel's width over its height.
+    that AAC lacks becomes the nearest one it has). `aspect` is the pixel's width over its height. `threads`
+    encode; 0: one a core. The number changes the bits that come out.
     Raises UserError as `check_writable` and `audio.read_audio` do.
     """
 
@@ -79,6 +80,7 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         preset: str = "medium",
         colour: Colour | None = None,
         aspect: Fraction = Fraction(1),
+        threads: int = 0,
     ) -> None:
         check_writable(path)
         self.path, self.frames = Path(path), 0
@@ -87,20 +89,21 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         with ExitStack() as stack, self._naming_the_file():
             self._partial = stack.enter_context(temporary(self.path))
             self._container = stack.enter_context(av.open(str(self._partial), "w", options=flags))
-            self._video = self._add_video(aspect, {"crf": str(quality), "preset": preset})
+            self._video = self._add_video(aspect, threads, {"crf": str(quality), "preset": preset})
             self._sound: Iterator[Packet] = iter(())
             if voice is not None:
                 self._sound = self._encoded(stack.enter_context(open_voice(voice)))
             self._sound_packet: Packet | None = None
             self._stack = stack.pop_all()
 
-    def _add_video(self, aspect: Fraction, options: dict[str, str]) -> VideoStream:
+    def _add_video(self, aspect: Fraction, threads: int, options: dict[str, str]) -> VideoStream:
         stream = self._container.add_stream(VIDEO_CODEC, rate=self._fps, options=options)
         height, width, _ = self._shape
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.sample_aspect_ratio = aspect
+        context.thread_count = threads
         context.color_range = ColorRange.MPEG
         context.colorspace = self._colour.matrix
         context.color_primaries = self._colour.primaries

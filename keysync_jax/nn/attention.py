@@ -3,6 +3,7 @@
 | where | tokens | kernel |
 |---|---|---|
 | GPU, bf16 or fp16 | 1024 and more | cuDNN flash attention |
+| TPU, bf16 | 1024 and more, multiples of 128 | splash (`nn/splash.py`), blocks of up to 1024 x 1024 |
 | elsewhere | scores above `MAX_SCORE_BYTES` | XLA, a block of the queries at a time |
 | everywhere | the rest | XLA |
 """
@@ -18,10 +19,17 @@ from keysync_jax.typing import Array
 LONG = 1024
 """Tokens from which a fused kernel pays."""
 
+CUDNN_WIDTH = 128
+"""The widest heads that cuDNN's kernel takes on every GPU that has it."""
+
+LANES = 128
+"""Tokens that splash's blocks are multiples of."""
+
 MAX_SCORE_BYTES = 256 * 2**20
 """Scores (fp32) that a device may hold at once; above it the queries are walked in blocks."""
 
 
+@jax.named_scope("attention")
 def attention(query: Array, key: Array, value: Array) -> Array:
     """softmax(q k^T / sqrt(D)) v.
 
@@ -32,8 +40,13 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     Returns:
       `[B, N, heads, D]`, in the query's dtype; the softmax is taken in fp32.
     """
-    if _flash(query, key):
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    if _has_long_halves(query, key):
+        if platform() == "gpu" and query.shape[-1] <= CUDNN_WIDTH:
+            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        if platform() == "tpu" and _has_splash(query, key):
+            from keysync_jax.nn.splash import splash_attention
+
+            return splash_attention(query, key, value)
     block = _queries_at_once(query, key)
     if block == query.shape[1]:
         return _xla(query, key, value)
@@ -61,8 +74,13 @@ def _queries_at_once(query: Array, key: Array) -> int:
     return max(size for size in range(1, n + 1) if n % size == 0 and size <= max(most, 1))
 
 
-def _flash(query: Array, key: Array) -> bool:
-    """Whether cuDNN has a kernel for this call and it pays."""
+def _has_long_halves(query: Array, key: Array) -> bool:
+    """Whether a fused kernel, which computes in half precision, does what is asked and pays."""
     long = min(query.shape[1], key.shape[1]) >= LONG
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    return platform() == "gpu" and long and half and query.shape[-1] <= 128
+    return long and query.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _has_splash(query: Array, key: Array) -> bool:
+    """Whether the lengths split into the kernel's blocks, and the batch over the devices."""
+    blocks = all(x.shape[1] % LANES == 0 for x in (query, key))
+    return query.dtype == jnp.bfloat16 and blocks and query.shape[0] % batch_shards() == 0

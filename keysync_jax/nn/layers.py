@@ -16,9 +16,27 @@ KeyValue = tuple[Array, Array]
 Record = dict[str, Array]
 """Named intermediates of a call, filled where the caller gives an empty one."""
 
-# The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
-GroupNorm = partial(nnx.GroupNorm, use_fast_variance=False)
-LayerNorm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+class GroupNorm(nnx.GroupNorm):
+    """With the two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large."""
+
+    def __init__(self, dim: int, groups: int, *, epsilon: float, dtype: Any, rngs: nnx.Rngs):
+        super().__init__(dim, groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array, **kwargs: Any) -> Array:
+        with jax.named_scope("norm"):
+            return super().__call__(x, **kwargs)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """With the two-pass variance."""
+
+    def __init__(self, dim: int, *, dtype: Any, rngs: nnx.Rngs):
+        super().__init__(dim, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array, **kwargs: Any) -> Array:
+        with jax.named_scope("norm"):
+            return super().__call__(x, **kwargs)
 
 
 class Conv2d(nnx.Conv):

@@ -119,7 +119,9 @@ def write_clip(folder: Path, clip: SyntheticClip) -> None:
     _write_npz(folder / f"{clip.name}.truth.npz", truth_of(clip, pictures))
     sound = folder / f"{clip.name}.wav"
     write_wave(sound, clip.wave)
-    with VideoWriter(folder / f"{clip.name}.mp4", SIZE, SIZE, sound, quality=12, preset="veryfast") as writer:
+    video = folder / f"{clip.name}.mp4"
+    # One thread: a clip is the same on machines of any number of cores.
+    with VideoWriter(video, SIZE, SIZE, sound, quality=12, preset="veryfast", threads=1) as writer:
         for picture in pictures:
             writer.write(picture.pixels)
 

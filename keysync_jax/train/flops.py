@@ -156,7 +156,7 @@ def _equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
     results = [any(needed)] * len(eqn.outvars)
     if forward := _product(eqn):
         return forward * (1 + sum(needed[:2])), results
-    inner = list(_inner(eqn))
+    inner = list(inner_jaxprs(eqn))
     if not inner:
         return 0, results
     # A `cond` takes the branch's number before what the branches take; the longest one counts.
@@ -166,7 +166,7 @@ def _equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
 
 
 def _scan(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
-    (body,) = _inner(eqn)
+    (body,) = inner_jaxprs(eqn)
     # JAX 0.11 calls the numbers of constants and carries otherwise than 0.10, so both are counted here.
     carries = len(body.outvars) - _with_more_axes(eqn.outvars, body.outvars)
     consts = len(body.invars) - _with_more_axes(eqn.invars, body.invars) - carries
@@ -183,7 +183,7 @@ def _with_more_axes(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     return sum(len(x.aval.shape) > len(y.aval.shape) for x, y in zip(outer, inner, strict=True))
 
 
-def _inner(eqn: Any) -> Iterator[Jaxpr]:
+def inner_jaxprs(eqn: Any) -> Iterator[Jaxpr]:
     """The functions that an equation calls, in its forward pass."""
     for name, value in eqn.params.items():
         for part in value if isinstance(value, tuple | list) else (value,):

@@ -164,6 +164,22 @@ def test_containers_of_sound_are_read(tmp_path: Path, name: str, codec: str) -> 
     assert len(read_audio(path)) == pytest.approx(8000, abs=1600)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".mpg", ".wav", ".mp3", ".flac", ".ogg"])
+@pytest.mark.parametrize("content", [b"", b"x", b"RIFF", b"not a video" * 100])
+def test_empty_and_foreign_files_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], suffix: str, content: bytes
+) -> None:
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(content)
+    for name, read in READERS.items():
+        # FFmpeg takes whatever is named .flac for sound.
+        in_flac = "file.flac has (no video stream|an audio stream, but not one sample)"
+        refused = f"cannot read the (video|audio) .*file{suffix}: |{in_flac}"
+        with pytest.raises(UserError, match=refused):
+            read(path)
+        assert capfd.readouterr().err == "", name
+
+
 class Failing(io.FileIO):
     """A file whose disk fails after some reads."""
 
@@ -194,6 +210,7 @@ def test_a_disk_that_fails_is_not_a_damaged_file(
         count_frames(clip)
     assert isinstance(raised.value.__cause__, OSError)
     assert raised.value.__cause__.errno == errno.EIO
+    assert raised.value.__cause__.filename == str(clip)
     assert capfd.readouterr().err == ""
 
 

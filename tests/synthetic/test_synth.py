@@ -60,6 +60,11 @@ def test_an_interrupted_call_goes_on_and_a_longer_one_adds(folder: Path, tmp_pat
         assert (output / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_the_number_of_cores_changes_nothing(folder: Path) -> None:
+    # x264 writes what it was told into the stream.
+    assert b" threads=1 " in (folder / "clip-00000.mp4").read_bytes()
+
+
 def test_other_peoples_clips_are_not_mixed_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(folder.iterdir())
     assert main(["synth", "-n", "3", "-o", str(folder), "--seed", "6", "--seconds", "0.8"]) == 2
