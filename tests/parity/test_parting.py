@@ -15,7 +15,16 @@ from keysync_jax.config import StageConfig, UNetConfig, VAEConfig, to_dict
 from keysync_jax.nn.functional import bind, shapes
 from keysync_jax.nn.layers import Record
 from keysync_jax.parity import engine, ours
-from keysync_jax.parity.bounds import MULTIPLE, ROUNDING, Bounds, kind_of, scales, stored_floors
+from keysync_jax.parity.bounds import (
+    CEILINGS,
+    MULTIPLE,
+    ROUNDING,
+    Bounds,
+    kind_of,
+    scales,
+    stored_bound,
+    stored_floors,
+)
 from keysync_jax.parity.compare import Comparison, compare, first_parting
 from keysync_jax.parity.golden import Golden, RuleWeights, stacked
 from keysync_jax.parity.inputs import inputs
@@ -210,3 +219,11 @@ def test_floors_are_stored_for_every_precision_and_kind() -> None:
     for precision, found in floors.items():
         assert kinds <= set(found), precision
         assert all(0 <= floor < 1 for kind, floor in found.items() if kind != "mix")
+
+
+def test_a_stored_floor_bounds_what_it_measured_and_the_ceiling_the_rest() -> None:
+    floor = stored_floors()["bf16"]["grad"]
+    assert stored_bound("grad", "bf16", "cpu", exact=True) == MULTIPLE * floor > CEILINGS["bf16"]["grad"]
+    assert stored_bound("grad", "bf16", "cpu") == CEILINGS["bf16"]["grad"]
+    assert stored_bound("clip", "fp32", "cpu") == CEILINGS["fp32"]["clip"]  # no floor is stored
+    assert stored_bound("network", "fp32", "cuda") == CEILINGS["fp32"]["network"]
