@@ -26,7 +26,7 @@ CEILINGS: dict[str, dict[str, float]] = {
     | {"loss": 1e-5, "grad": 1e-3, "vae": 1e-4, "clip": 1e-3},
     **dict.fromkeys(("tf32", "bf16", "fp16"), _HALF),
 }
-"""What golden files are held to at most: the bounds from before floors were measured; of a clip, sampling's."""
+"""What golden files are held to at most: bounds from before floors were measured; of a clip, sampling's."""
 
 ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """Unit roundings; no floor is below what writing a number down costs."""
