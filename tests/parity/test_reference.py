@@ -88,7 +88,7 @@ def clip_networks() -> sizes.Networks:
 
 @pytest.mark.reference
 def test_the_whole_pipeline_on_a_clip(release: Release, tmp_path: Path) -> None:
-    frames = 27
+    frames = 14
     given = {
         "latents": rules.array("clip/latents", (frames, 4, LATENT_SIDE, LATENT_SIDE)),
         "landmarks": np.trunc(SIDE / 2 + 8 * (face_landmarks(frames, SIDE, SIDE) - SIDE / 2)),
@@ -97,7 +97,7 @@ def test_the_whole_pipeline_on_a_clip(release: Release, tmp_path: Path) -> None:
     }
     clip = {f"clip/in/{name}": np.ascontiguousarray(x, np.float32) for name, x in given.items()}
     request = Request(clip_networks(), samplers=False, clip=clip)
-    done = list(compare(make_golden(release, request, tmp_path, exact=True, say=print)))
+    done = list(compare(make_golden(release, request, tmp_path, exact=False, say=print)))
     exceeded = [f"{c.entry}: {c.error:.1e} (bound {c.bound:.1e})" for c in done if not c.ok]
     assert not exceeded
     pipeline = {c.entry: c for c in done if c.entry.startswith("clip/")}
