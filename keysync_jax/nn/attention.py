@@ -57,7 +57,14 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     return out.swapaxes(0, 1).reshape(query.shape)
 
 
-_xla = partial(jax.nn.dot_product_attention, implementation="xla")
+_plain = partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+def _xla(query: Array, key: Array, value: Array) -> Array:
+    if query.dtype == jnp.float16 and platform() == "cpu":
+        # JAX would ask for products of fp16 that are summed in fp32, which XLA has for no CPU.
+        return _plain(*(x.astype(jnp.float32) for x in (query, key, value))).astype(jnp.float16)
+    return _plain(query, key, value)
 
 
 def _queries_at_once(query: Array, key: Array) -> int:
