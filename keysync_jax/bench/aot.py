@@ -164,7 +164,10 @@ def compile_ahead(workload: Workload, chips: Any) -> Ahead:
             f"{workload.name} does not fit a {device.device_kind}: {_first_line(error)}"
         ) from error
     seconds = time.perf_counter() - before
-    memory, steps = compiled.memory_analysis(), list(Program(compiled.as_text()).steps())
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    steps = list(Program(text).steps())
     counted, roofline = dict.fromkeys(KINDS, Cost()), dict.fromkeys(KINDS, 0.0)
     for step in steps:
         counted[step.kind] += step.cost.times(step.trips)
