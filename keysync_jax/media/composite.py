@@ -62,7 +62,8 @@ def paste(
     x0, y0, x1, y1 = (int(v) for v in box)
     size = generated.shape[0]
     weights = paste_weights(mask, box, frame.shape, feather)
-    rows, columns = _extent(weights.any(axis=1)), _extent(weights.any(axis=0))
+    left, top, width, height = cv2.boundingRect((weights > 0).astype(np.uint8))
+    rows, columns = slice(top, top + height), slice(left, left + width)
     method = cv2.INTER_AREA if 2 * min(x1 - x0, y1 - y0) < size else cv2.INTER_CUBIC
     face = cv2.resize(generated, (x1 - x0, y1 - y0), interpolation=method)[rows, columns]
     result = frame.copy()
@@ -71,12 +72,6 @@ def paste(
     share = weights[rows, columns, None]
     region[...] = np.rint(source + share * (face.astype(np.float32) - source)).astype(np.uint8)
     return result
-
-
-def _extent(used: np.ndarray) -> slice:
-    """From the first to the last place that is used."""
-    places = np.flatnonzero(used)
-    return slice(places[0], places[-1] + 1) if len(places) else slice(0, 0)
 
 
 def pasted_region(
