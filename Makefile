@@ -20,10 +20,10 @@ MAPPED := convert configs launch
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint style types layers format layout clean
+.PHONY: help install demo test parity-gpu lint style types layers format layout clean
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: $(INSTALLED)  ## Set up .venv with the package (editable), its tests' and its tools' requirements
 
@@ -44,6 +44,27 @@ demo: $(BASE)  ## Dub a synthetic clip with the embedded model and measure the r
 
 test: $(INSTALLED)  ## Run the tests (PYTEST_FLAGS: which, how)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Beside the golden numbers the release itself, at full size, where KEYSYNC_REFERENCE and
+# KEYSYNC_REFERENCE_PYTHON name its checkout and its environment's interpreter.
+PARITY := build/parity
+LIVE = $(BIN)/keysync parity --reference "$(KEYSYNC_REFERENCE)" --python "$(KEYSYNC_REFERENCE_PYTHON)" --size full
+parity-gpu: $(INSTALLED)  ## Compare with the reference on a GPU; build/parity/table.md, pictures
+	@rm -rf $(PARITY)
+	@failed=0; set -x; \
+	XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	    $(BIN)/python -m pytest tests/parity -m 'gpu or reference' || failed=1; \
+	for dtype in fp32 tf32 bf16 fp16; do \
+	    $(BIN)/keysync parity --golden tests/golden/tiny --dtype $$dtype -o $(PARITY)/golden-$$dtype || failed=1; \
+	done; \
+	if test -n "$(KEYSYNC_REFERENCE)"; then \
+	    $(LIVE) --training -o $(PARITY)/full-fp32 || failed=1; \
+	    for script in infer_raw inference; do \
+	        $(LIVE) --as-released $$script -o $(PARITY)/full-$$script || failed=1; \
+	    done; \
+	fi; \
+	cat $(PARITY)/*/report.md > $(PARITY)/table.md; \
+	exit $$failed
 
 lint: style types layers  ## Check format, style, types and import layers
 

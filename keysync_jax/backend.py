@@ -4,6 +4,7 @@ A dtype names what is computed, on every device. Accelerators round the numbers 
 fewer bits unless they are told otherwise, so everything that computes networks does so within `computing`.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,9 +45,12 @@ def tracing_for(mesh: Mesh) -> Iterator[None]:
 
 
 def batch_shards() -> int:
-    """Parts that the batch of the program being traced is split into; 1 outside of `tracing_for`."""
+    """Parts that the batch of the program being traced is split into; 1 outside of `tracing_for`.
+
+    Within a `jax.shard_map` the program sees the share of one device already.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
 
 
 def axis_size(name: str) -> int:

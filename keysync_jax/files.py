@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,6 +74,22 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _partial(path, folder=True) as partial:
         yield partial
         os.rename(partial, path)
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder where the system keeps temporary files, removed when the block ends.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    with _partial(temporary_place(name), folder=True) as partial:
+        yield partial
+
+
+def temporary_place(name: str) -> Path:
+    """The path of a name where the system keeps temporary files."""
+    return Path(tempfile.gettempdir()) / name
 
 
 def check_new_folder(folder: Path) -> None:
@@ -409,6 +426,40 @@ def git_blob_of(path: Path) -> str:
     """What git calls a file's bytes (SHA-1, hex); for small files."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def git_tree(folder: Path) -> str:
+    """Git's name of a folder's content (hex), from the files as they are, without what Python compiled."""
+    entries = []
+    for path in folder.iterdir():
+        if path.name == "__pycache__":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            mode, name = "40000", git_tree(path)
+        else:
+            mode, name = _git_file(path)
+        # Git compares the names of folders as if they ended in a slash.
+        entries.append(
+            (path.name + "/" * (mode == "40000"), f"{mode} {path.name}\0".encode() + bytes.fromhex(name))
+        )
+    content = b"".join(entry for _, entry in sorted(entries, key=lambda pair: pair[0].encode()))
+    return _git_object("tree", content)
+
+
+def _git_file(path: Path) -> tuple[str, str]:
+    """Mode and name of a file or a link."""
+    try:
+        if path.is_symlink():
+            return "120000", _git_object("blob", os.readlink(path).encode())
+        mode = "100755" if os.access(path, os.X_OK) else "100644"
+        return mode, _git_object("blob", path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _git_object(kind: str, content: bytes) -> str:
+    header = f"{kind} {len(content)}\0".encode()
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
 
 
 def fingerprint(content: Any) -> str:

@@ -19,6 +19,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("JAX finds no GPU")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of the reference's golden numbers that travels with the project."""

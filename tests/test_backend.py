@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from keysync_jax.backend import axis_size, batch_shards, computing, keep_compiled, platform, tracing_for
 from keysync_jax.config import Dtype
@@ -60,6 +61,21 @@ def test_a_program_knows_the_mesh_that_it_is_traced_for() -> None:
     jax.jit(look).lower(jax.ShapeDtypeStruct((2,), "float32"))
     assert seen == {"shards": 1, "fsdp": 1, "other": 1, "on": "cpu"}
     assert (batch_shards(), axis_size("fsdp"), platform()) == (1, 1, jax.default_backend())
+
+
+def test_a_share_of_a_batch_is_not_split_again() -> None:
+    """Memory is budgeted by the parts of a batch; within a shard_map a program sees its part alone."""
+    mesh = AbstractMesh((8,), ("rows",))
+    seen: list[Any] = []
+
+    def look(x: jax.Array) -> jax.Array:
+        seen.append((x.shape, batch_shards()))
+        return x
+
+    whole = jax.ShapeDtypeStruct((16, 2), "float32")
+    over = jax.shard_map(look, mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"))
+    assert jax.eval_shape(over, whole).shape == (16, 2)
+    assert seen[-1] == ((2, 2), 1)
 
 
 @pytest.fixture

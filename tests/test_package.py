@@ -37,11 +37,12 @@ def sources() -> dict[str, Path]:
 
 
 def data() -> set[str]:
-    """Where the files install that travel with the sources: the mouth reader, the embedded model, a mark."""
+    """Where the files install that travel with the sources: the mouth reader, the model, floors, a mark."""
     files = (ROOT / "keysync_jax").rglob("*.safetensors")
     models = (ROOT / "keysync_jax" / "models").rglob("config.json")
     types = (ROOT / "keysync_jax").rglob("py.typed")
-    return {file.relative_to(ROOT).as_posix() for file in (*files, *models, *types)}
+    floors = (ROOT / "keysync_jax").rglob("floors.json")
+    return {file.relative_to(ROOT).as_posix() for file in (*files, *models, *types, *floors)}
 
 
 def modules(prefix: str = "keysync_jax") -> list[str]:

@@ -36,7 +36,7 @@ from tests.train.synthetic_dataset import CROP, write_dataset
 from tests.train.tiny_training import parameters
 
 PRODUCTS = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.*")
-PRECISION = {"fp32": "HIGHEST", "tf32": "HIGH", "bf16": "DEFAULT"}
+PRECISION = {"fp32": "HIGHEST", "tf32": "HIGH", "bf16": "DEFAULT", "fp16": "DEFAULT"}
 VAE_SIZES = VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4)
 
 
@@ -141,7 +141,7 @@ def current() -> str:
     return precisions(jax.jit(lambda a, b: a @ b).lower(x, x)).pop()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_parity(dtype: Any, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 
@@ -149,7 +149,7 @@ def test_parity(dtype: Any, golden: Path, monkeypatch: pytest.MonkeyPatch) -> No
         found.append(current())
         raise StoppedError
 
-    monkeypatch.setattr(parity._StageEntries, "__call__", run)
+    monkeypatch.setattr(parity.StageNetwork, "__call__", run)
     with pytest.raises(StoppedError):
         next(parity.compare(golden / "tiny", dtype))
     assert found == [PRECISION[dtype]]

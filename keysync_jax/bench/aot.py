@@ -53,6 +53,15 @@ SHEETS = {
 """`device_kind` -> HBM's bytes a second and size, from the maker's documentation."""
 
 
+_WITHOUT_A_CHIP = {
+    # Outside of Google's cloud libtpu would ask its metadata server for minutes, then complain of no answer.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # A chip belongs to one process, a compiler to as many as like.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 @dataclass(frozen=True)
 class Ahead:
     """A program as compiled for one chip.
@@ -103,8 +112,7 @@ def topology(name: str) -> Any:
       UserError: there is no such machine.
     """
     require("libtpu")
-    # Outside of Google's cloud libtpu would ask its metadata server for minutes, then complain of no answer.
-    for variable, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    for variable, value in _WITHOUT_A_CHIP.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
@@ -156,7 +164,10 @@ def compile_ahead(workload: Workload, chips: Any) -> Ahead:
             f"{workload.name} does not fit a {device.device_kind}: {_first_line(error)}"
         ) from error
     seconds = time.perf_counter() - before
-    memory, steps = compiled.memory_analysis(), list(Program(compiled.as_text()).steps())
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    steps = list(Program(text).steps())
     counted, roofline = dict.fromkeys(KINDS, Cost()), dict.fromkeys(KINDS, 0.0)
     for step in steps:
         counted[step.kind] += step.cost.times(step.trips)

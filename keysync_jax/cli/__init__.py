@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from keysync_jax import __version__
-from keysync_jax.cli import benchmark, data, dubbing, evaluation, models, training
+from keysync_jax.cli import benchmark, data, dubbing, evaluation, models, parity, training
 from keysync_jax.cli.stopping import Stopped, stopping_in_order
 from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.extras import needed_for
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         data.add_synth,
         evaluation.add_synth_eval,
         evaluation.add_demo,
-        models.add_parity,
+        parity.add_parity,
         benchmark.add_bench,
     ):
         add(commands)

@@ -30,3 +30,10 @@ def fetch_models(arguments: argparse.Namespace, *models: str | Path | None) -> N
     for model in models if arguments.allow_download else ():
         if model is not None:
             model_folder(model, allow_download=True)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """`--devices`, of a subcommand that dubs."""
+    parser.add_argument(
+        "--devices", type=int, metavar="N", help="devices of this host that share the work (default: all)"
+    )

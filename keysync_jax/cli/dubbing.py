@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, keep_compiled_programs
+from keysync_jax.cli.common import Commands, add_devices, keep_compiled_programs
 
 
 def add_dub(commands: Commands) -> None:
@@ -40,8 +40,9 @@ def add_dub(commands: Commands) -> None:
         "--quality", type=int, default=16, metavar="CRF", help="0 (lossless) to 51 (default 16)"
     )
     parser.add_argument(
-        "--windows-per-call", type=int, default=1, metavar="N", help="batch of windows (default 1)"
+        "--windows-per-call", type=int, default=1, metavar="N", help="batch of windows a device (default 1)"
     )
+    add_devices(parser)
     less = "try --dtype bf16, or fewer --windows-per-call"
     parser.set_defaults(run=_dub, resumable=True, less_memory=less)
 
@@ -60,6 +61,7 @@ def _dub(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         quality=arguments.quality,
         windows_per_call=arguments.windows_per_call,
+        devices=arguments.devices,
     )
     report = dub(
         arguments.video, arguments.audio, arguments.output, arguments.model, settings, show_progress=True

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, add_allow_download, fetch_models, keep_compiled_programs
+from keysync_jax.cli.common import (
+    Commands,
+    add_allow_download,
+    add_devices,
+    fetch_models,
+    keep_compiled_programs,
+)
 from keysync_jax.errors import UserError
 
 
@@ -28,6 +34,7 @@ def add_synth_eval(commands: Commands) -> None:
         metavar="NAME=MODEL_DIR",
         help="another model, measured like a variant; may be repeated",
     )
+    add_devices(parser)
     add_allow_download(parser)
     parser.set_defaults(run=_synth_eval, resumable=True, less_memory="try fewer --seconds")
 
@@ -43,6 +50,7 @@ def _synth_eval(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         ablations=arguments.ablations,
         ablation_clips=arguments.ablation_clips,
+        devices=arguments.devices,
     )
     others = dict(_named_folder(text) for text in arguments.compare)
     if len(others) < len(arguments.compare):

@@ -1,11 +1,11 @@
-"""Subcommands that turn models into others, or compare them: convert, export, parity."""
+"""Subcommands that turn models into others: convert, export."""
 
 import argparse
 import dataclasses
 import typing
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, add_allow_download, fetch_models, keep_compiled_programs
+from keysync_jax.cli.common import Commands, add_allow_download, fetch_models
 from keysync_jax.config import StageKind
 from keysync_jax.errors import UserError
 from keysync_jax.hub import is_address
@@ -162,23 +162,3 @@ def _export_model(arguments: argparse.Namespace) -> None:
         from keysync_jax.convert.export import export_torch
 
         export_torch(source, arguments.output, arguments.to, arguments.pickled)
-
-
-def add_parity(commands: Commands) -> None:
-    """`keysync parity`."""
-    parser = commands.add_parser("parity", help="compare with the PyTorch reference's numbers")
-    parser.add_argument(
-        "--golden", required=True, metavar="PREFIX", help="of PREFIX.manifest.json and PREFIX.safetensors"
-    )
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of the networks (default fp32)"
-    )
-    parser.set_defaults(run=_parity, resumable=False, less_memory="try a smaller golden file")
-
-
-def _parity(arguments: argparse.Namespace) -> int:
-    keep_compiled_programs()
-    from keysync_jax.parity.compare import compare, report
-
-    held = report(compare(arguments.golden, arguments.dtype), write=lambda line: print(line, flush=True))
-    return 0 if held else 1

@@ -26,12 +26,30 @@ def sample(denoise: Denoise, noise: Array, sigmas: Array) -> Array:
       `[B, ...]` fp32.
     """
     sigmas = jnp.asarray(sigmas, jnp.float32)
-    # The start has the variance of data (1) and noise together.
-    x = jnp.asarray(noise, jnp.float32) * jnp.sqrt(1 + sigmas[0] ** 2)
 
     def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, sigma_next = pair
-        derivative = (x - denoise(x, jnp.full(x.shape[0], sigma))) / sigma
-        return x + (sigma_next - sigma) * derivative, None
+        return _euler(denoise, x, *pair)[0], None
 
-    return jax.lax.scan(step, x, (sigmas[:-1], sigmas[1:]))[0]
+    return jax.lax.scan(step, _start(noise, sigmas), (sigmas[:-1], sigmas[1:]))[0]
+
+
+def steps(denoise: Denoise, noise: Array, sigmas: Array) -> tuple[Array, Array]:
+    """Where each step of `sample` arrives, and the clean latents it went towards, `[steps, B, ...]` fp32."""
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+
+    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        x, clean = _euler(denoise, x, *pair)
+        return x, (x, clean)
+
+    return jax.lax.scan(step, _start(noise, sigmas), (sigmas[:-1], sigmas[1:]))[1]
+
+
+def _start(noise: Array, sigmas: Array) -> Array:
+    # The start has the variance of data (1) and noise together.
+    return jnp.asarray(noise, jnp.float32) * jnp.sqrt(1 + sigmas[0] ** 2)
+
+
+def _euler(denoise: Denoise, x: Array, sigma: Array, sigma_next: Array) -> tuple[Array, Array]:
+    clean = denoise(x, jnp.full(x.shape[0], sigma))
+    derivative = (x - clean) / sigma
+    return x + (sigma_next - sigma) * derivative, clean

@@ -146,7 +146,13 @@ class Pair:
         return ~(self.covered(size) & self.mouth(size)).any(axis=(1, 2))
 
     def dubbed(
-        self, model: Model, output: Path, silent: bool = False, occluder: bool = False, seed: int = 0
+        self,
+        model: Model,
+        output: Path,
+        silent: bool = False,
+        occluder: bool = False,
+        seed: int = 0,
+        devices: int | None = None,
     ) -> np.ndarray:
         """Frames of the dub as they are read back, uint8 `[T, S, S, 3]`; a file that is there is taken.
 
@@ -160,6 +166,7 @@ class Pair:
                 landmarks=str(self.landmarks_file),
                 occluder=self.occluder_file if occluder else None,
                 seed=seed,
+                devices=devices,
             )
             dub(self.video, self.silence if silent else self.voice, output, model, settings)
         return np.stack(list(read_frames(output)))[: len(self.source)]

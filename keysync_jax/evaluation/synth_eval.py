@@ -16,6 +16,7 @@ from keysync_jax.metrics.mouth import MouthReader, Mouths
 from keysync_jax.metrics.quality import flicker_ratio, psnr
 from keysync_jax.metrics.sync import mean_correlation, mean_lag
 from keysync_jax.model import Model
+from keysync_jax.pipeline.devices import check_count, local_devices
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.synthetic.world import FORMAT
 
@@ -31,6 +32,7 @@ class EvalSettings:
       seconds: length of each.
       seed: of the world.
       ablations: measure variants of guidance, another mask and occlusion too, on `ablation_clips` pairs each.
+      devices: of this host that share the work; all of them where None.
     """
 
     clips: int = 20
@@ -38,8 +40,10 @@ class EvalSettings:
     seed: int = 1_000_003
     ablations: bool = False
     ablation_clips: int = 8
+    devices: int | None = None
 
     def __post_init__(self) -> None:
+        check_count(self.devices)
         if self.clips < 2:
             raise UserError(f"voices are shuffled among the clips, so 2 are the fewest, not {self.clips}")
         if not self.ablation_clips >= 2:
@@ -139,6 +143,7 @@ def measure(
     occluder: bool = False,
     silence: bool = True,
     vae: bool = False,
+    devices: int | None = None,
 ) -> Scores:
     """Dubs every pair, with its voice and (`silence`) with none, and measures the result.
 
@@ -148,16 +153,19 @@ def measure(
       output: folder of the dubs; those that are there are taken.
       occluder: hand the pairs' occluder masks to the dub.
       vae: measure the VAE alone too.
+      devices: as `DubSettings` takes them.
     """
     size = model.config.crop_size
     series, rows = [], []
     for pair in pairs:
-        frames = pair.dubbed(model, output / f"{pair.number:05d}.mp4", occluder=occluder)
+        frames = pair.dubbed(model, output / f"{pair.number:05d}.mp4", occluder=occluder, devices=devices)
         dub, quiet = read_mouths(reader, frames, pair), None
         rows.append(_pictures(pair, frames, size))
         advance(1)
         if silence:
-            still = pair.dubbed(model, output / f"{pair.number:05d}-silent.mp4", True, occluder)
+            still = pair.dubbed(
+                model, output / f"{pair.number:05d}-silent.mp4", True, occluder, devices=devices
+            )
             quiet = read_mouths(reader, still, pair)
             advance(1)
         if vae:
@@ -260,6 +268,7 @@ def evaluate(
     """
     output, settings, others = Path(output), settings or EvalSettings(), others or {}
     _check_names(others)
+    local_devices(settings.devices)
     _settle(output, model, settings)
     reader, phases = MouthReader.load(), Phases(show=show_progress)
     with phases.phase("clips", settings.clips, "clips") as advance:
@@ -269,7 +278,7 @@ def evaluate(
             advance(1)
     with phases.phase("model", 2 * len(pairs), "dubs") as advance:
         dubs = _dubs(output, "model", model)
-        scores = {"model": measure(model, pairs, dubs, reader, advance, vae=True)}
+        scores = {"model": measure(model, pairs, dubs, reader, advance, vae=True, devices=settings.devices)}
     few = pairs[: settings.ablation_clips]
     variants = VARIANTS if settings.ablations else {}
     models = {name: guided(model, guidance) for name, guidance in variants.items()}
@@ -278,10 +287,12 @@ def evaluate(
     models |= others
     if models and len(few) < len(pairs):
         with phases.phase(SAME_CLIPS, 2 * len(few), "dubs") as advance:
-            scores[SAME_CLIPS] = measure(model, few, dubs, reader, advance)
+            scores[SAME_CLIPS] = measure(model, few, dubs, reader, advance, devices=settings.devices)
     for name, other in models.items():
         with phases.phase(name, 2 * len(few), "dubs") as advance:
-            scores[name] = measure(other, few, _dubs(output, name, other), reader, advance)
+            scores[name] = measure(
+                other, few, _dubs(output, name, other), reader, advance, devices=settings.devices
+            )
     if settings.ablations:
         scores |= _occlusion(model, output, settings, reader, phases)
     write_json(output / SCORES, {n: asdict(s) for n, s in scores.items()})
@@ -327,7 +338,9 @@ def _occlusion(
     for name, handled in OCCLUDED.items():
         dubs = _dubs(output, name, model)
         with phases.phase(name, len(pairs), "dubs") as advance:
-            scores[name] = measure(model, pairs, dubs, reader, advance, occluder=handled, silence=False)
+            scores[name] = measure(
+                model, pairs, dubs, reader, advance, occluder=handled, silence=False, devices=settings.devices
+            )
     return scores
 
 

@@ -61,12 +61,16 @@ def paste(
     """
     x0, y0, x1, y1 = (int(v) for v in box)
     size = generated.shape[0]
-    weights = paste_weights(mask, box, frame.shape, feather)[..., None]
+    weights = paste_weights(mask, box, frame.shape, feather)
+    left, top, width, height = cv2.boundingRect((weights > 0).astype(np.uint8))
+    rows, columns = slice(top, top + height), slice(left, left + width)
     method = cv2.INTER_AREA if 2 * min(x1 - x0, y1 - y0) < size else cv2.INTER_CUBIC
-    face = cv2.resize(generated, (x1 - x0, y1 - y0), interpolation=method).astype(np.float32)
+    face = cv2.resize(generated, (x1 - x0, y1 - y0), interpolation=method)[rows, columns]
     result = frame.copy()
-    source = frame[y0:y1, x0:x1].astype(np.float32)
-    result[y0:y1, x0:x1] = np.rint(source + weights * (face - source)).astype(np.uint8)
+    region = result[y0:y1, x0:x1][rows, columns]
+    source = region.astype(np.float32)
+    share = weights[rows, columns, None]
+    region[...] = np.rint(source + share * (face.astype(np.float32) - source)).astype(np.uint8)
     return result
 
 

@@ -22,9 +22,6 @@ LONG = 1024
 CUDNN_WIDTH = 128
 """The widest heads that cuDNN's kernel takes on every GPU that has it."""
 
-LANES = 128
-"""Tokens that splash's blocks are multiples of."""
-
 MAX_SCORE_BYTES = 256 * 2**20
 """Scores (fp32) that a device may hold at once; above it the queries are walked in blocks."""
 
@@ -43,10 +40,11 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     if _has_long_halves(query, key):
         if platform() == "gpu" and query.shape[-1] <= CUDNN_WIDTH:
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-        if platform() == "tpu" and _has_splash(query, key):
-            from keysync_jax.nn.splash import splash_attention
+        if platform() == "tpu" and query.dtype == jnp.bfloat16 and len(query) % batch_shards() == 0:
+            from keysync_jax.nn.splash import block_of, splash_attention
 
-            return splash_attention(query, key, value)
+            if block_of(query.shape[1]) and block_of(key.shape[1]):
+                return splash_attention(query, key, value)
     block = _queries_at_once(query, key)
     if block == query.shape[1]:
         return _xla(query, key, value)
@@ -57,7 +55,14 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     return out.swapaxes(0, 1).reshape(query.shape)
 
 
-_xla = partial(jax.nn.dot_product_attention, implementation="xla")
+_plain = partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+def _xla(query: Array, key: Array, value: Array) -> Array:
+    if query.dtype == jnp.float16 and platform() == "cpu":
+        # JAX would ask for products of fp16 that are summed in fp32, which XLA has for no CPU.
+        return _plain(*(x.astype(jnp.float32) for x in (query, key, value))).astype(jnp.float16)
+    return _plain(query, key, value)
 
 
 def _queries_at_once(query: Array, key: Array) -> int:
@@ -71,9 +76,3 @@ def _has_long_halves(query: Array, key: Array) -> bool:
     """Whether a fused kernel, which computes in half precision, does what is asked and pays."""
     long = min(query.shape[1], key.shape[1]) >= LONG
     return long and query.dtype in (jnp.bfloat16, jnp.float16)
-
-
-def _has_splash(query: Array, key: Array) -> bool:
-    """Whether the lengths split into the kernel's blocks, and the batch over the devices."""
-    blocks = all(x.shape[1] % LANES == 0 for x in (query, key))
-    return query.dtype == jnp.bfloat16 and blocks and query.shape[0] % batch_shards() == 0

@@ -9,8 +9,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
-from keysync_jax.nn.attention import LANES
+from keysync_jax.backend import batch_shards
 from keysync_jax.typing import Array
+
+LANES = 128
+"""Tokens that blocks are multiples of."""
 
 LARGEST_BLOCK = 1024
 """Queries, and keys, that a step of the kernel holds: their scores in fp32 are 4 MiB of scratch memory."""
@@ -36,15 +39,14 @@ def splash_attention(query: Array, key: Array, value: Array, interpret: bool = F
     Returns:
       `[B, N, heads, D]` in the query's dtype; softmax and sums are in fp32.
     """
-    mesh = jax.sharding.get_abstract_mesh()
 
     def run(query: Array, key: Array, value: Array) -> Array:
         return _on_one_device(query, key, value, interpret)
 
-    if mesh.empty or mesh.size == 1:
+    if batch_shards() == 1:
         return run(query, key, value)
     # The batch is split over all axes; no axis of the mesh is left for the compiler to use inside.
-    spec = PartitionSpec(mesh.axis_names)
+    spec = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
     return jax.shard_map(run, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(query, key, value)
 
 

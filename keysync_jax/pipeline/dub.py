@@ -5,10 +5,10 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import jax
@@ -32,14 +32,20 @@ from keysync_jax.media.timeline import Timeline, source_index
 from keysync_jax.media.video import VideoInfo, probe_video, read_frames, scan_timeline
 from keysync_jax.media.writer import VideoWriter, check_writable
 from keysync_jax.model import Model, model_bytes, model_folder, open_model
+from keysync_jax.pipeline.devices import Devices, check_count, local_devices
 from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.features import audio_features
+from keysync_jax.pipeline.flow import Clock, ahead
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
-from keysync_jax.pipeline.latents import decode_latents, encode_frames
+from keysync_jax.pipeline.latents import decode_frames, encode_frames, frames_per_call
 from keysync_jax.pipeline.phases import Advance, Phases
 from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.pipeline.windows import FRAMES, Plan, make_plan, merge_windows, padded_length
 from keysync_jax.pipeline.workspace import ResumableArray, Workspace
+from keysync_jax.typing import Frames
+
+AHEAD = 8
+"""Frames that are read, or pasted, before they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class DubSettings:
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
       quality: constant rate factor of the video, 0 (lossless) to 51.
-      windows_per_call: windows that one network call takes; more use an accelerator better.
+      windows_per_call: windows of a network call that each device takes; more use an accelerator better.
+      devices: of this host that share the work; all of them where None. The result does not depend on it
+        beyond rounding.
     """
 
     landmarks: str = "mediapipe"
@@ -68,6 +76,7 @@ class DubSettings:
     dtype: Dtype | None = None
     quality: int = 16
     windows_per_call: int = 1
+    devices: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, "fp32", "bf16"):
@@ -78,6 +87,7 @@ class DubSettings:
             raise UserError(f"a landmark model is MediaPipe's; landmarks={self.landmarks} takes none")
         if self.windows_per_call < 1:
             raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
+        check_count(self.devices)
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -170,7 +180,7 @@ def dub(
       UserError: an input cannot be used; nothing was written.
     """
     settings, video, voice, output = settings or DubSettings(), Path(video), Path(voice), Path(output)
-    phases = Phases(show=show_progress)
+    phases, devices = Phases(show=show_progress), local_devices(settings.devices)
     check_writable(output)
     for source_file in (video, voice):
         if output.resolve() == source_file.resolve():
@@ -192,6 +202,7 @@ def dub(
         settings.seed,
         settings.windows_per_call,
         model.config.vae.scale_factor,
+        devices,
     )
     with (
         Workspace(output, _fingerprint(source, model, settings, sampling)) as work,
@@ -258,9 +269,10 @@ def _landmarks(
     They are given, kept by an earlier run, or found now; they are kept once it is clear that there is a face.
     """
     stored = work.folder / "landmarks.npy"
-    with phases.phase("landmarks", source.used, "frames") as advance:
+    decoder = Clock()
+    with phases.phase("landmarks", source.used, "frames", decoder=decoder) as advance:
         if given is None and not stored.is_file():
-            found = _detected(source, settings, advance)
+            found = _detected(source, settings, advance, decoder)
             bridged = bridge(found)
             save_landmarks(stored, found)
             return bridged
@@ -269,10 +281,10 @@ def _landmarks(
         return bridge(found)
 
 
-def _detected(source: Source, settings: DubSettings, advance: Advance) -> np.ndarray:
+def _detected(source: Source, settings: DubSettings, advance: Advance, decoder: Clock) -> np.ndarray:
     chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
-    with closing(make_detector(*chosen)) as detector:
-        frames = islice(read_frames(source.video), source.used)
+    read = decoder.timed(islice(read_frames(source.video), source.used))
+    with closing(make_detector(*chosen)) as detector, ahead(read, AHEAD) as frames:
         return detect_all(frames, detector, advance, source.info.aspect)
 
 
@@ -329,13 +341,21 @@ class _Run:
     def _encode(self) -> ResumableArray:
         """Latents of the crop of every used frame."""
         latents = self._latents("latents", self.source.used)
-        with self.phases.phase("encode", len(latents), "frames", latents.done) as advance:
+        device, decoder = Clock(), Clock()
+        with self.phases.phase(
+            "encode", len(latents), "frames", latents.done, device=device, decoder=decoder
+        ) as advance:
             if not latents.complete:
-                vae = self.model.load("vae", self.settings.compute_dtype)
-                for group in encode_frames(vae, self._crops(latents.done)):
-                    latents.append(group)
-                    advance(len(group))
+                with ahead(decoder.timed(self._crops(latents.done)), AHEAD) as crops:
+                    vae = self.model.load("vae", self.settings.compute_dtype)
+                    for group in encode_frames(vae, crops, *self._frames_at_once(), device):
+                        latents.append(group)
+                        advance(len(group))
         return latents
+
+    def _frames_at_once(self) -> tuple[int, Devices]:
+        """Frames of a call of the VAE that each device takes, and the devices."""
+        return frames_per_call(self.model.config.crop_size), self.sampling.devices
 
     def _crops(self, first: int) -> Iterator[np.ndarray]:
         size = self.model.config.crop_size
@@ -372,10 +392,12 @@ class _Run:
         kept = [len(call.kept) for call in plan.keyframe_calls]
         calls = sum(n > 0 for n in kept)
         first = int(np.searchsorted(np.cumsum(kept), latents.done, side="right"))
-        with self.phases.phase("keyframes", calls, "calls", first) as advance:
+        device = Clock()
+        with self.phases.phase("keyframes", calls, "calls", first, device=device) as advance:
             if not latents.complete:
                 network = self.model.load("keyframe", self.settings.compute_dtype)
-                for rows in keyframes(network, clip, plan, features["keyframe"], self.sampling, first):
+                inputs = (network, clip, plan, features["keyframe"], self.sampling)
+                for rows in keyframes(*inputs, first, device):
                     latents.append(rows)
                     advance(1)
         return latents
@@ -385,24 +407,31 @@ class _Run:
     ) -> ResumableArray:
         plan = self.source.plan
         latents = self._latents("windows", len(plan.windows), self.model.config.interpolation.frames)
-        with self.phases.phase("interpolation", len(latents), "windows", latents.done) as advance:
+        device, done = Clock(), latents.done
+        with self.phases.phase("interpolation", len(latents), "windows", done, device=device) as advance:
             if not latents.complete:
                 network = self.model.load("interpolation", self.settings.compute_dtype)
                 inputs = (network, clip, plan, features["interpolation"], keyframe_latents, self.sampling)
-                for window in interpolation(*inputs, latents.done):
+                for window in interpolation(*inputs, done, device):
                     latents.append(window[None])
                     advance(1)
         return latents
 
     def _compose(self, windows: np.ndarray, output: Path) -> None:
-        """Decodes the windows, pastes each frame into the source's and writes the video."""
-        info, geometry, source = self.source.info, self.geometry, self.source
-        vae = self.model.load("vae", self.settings.compute_dtype)
-        generated = merge_windows(decode_latents(vae, window) for window in windows)
+        """Decodes the windows, pastes each frame into the source's and writes the video, all at once."""
+        info, source = self.source.info, self.source
+        device, decoder, encoder = Clock(), Clock(), Clock()
         originals = pingpong_frames(source.video, source.frames, timeline=source.timeline)
         with (
-            self.phases.phase("compose", source.frames, "frames") as advance,
-            VideoWriter(
+            self.phases.phase(
+                "compose", source.frames, "frames", device=device, decoder=decoder, encoder=encoder
+            ) as advance,
+            ahead(decoder.timed(originals), AHEAD) as read,
+            ahead(self._decoded(windows, device), 1) as calls,
+            ahead(composed(read, chain.from_iterable(calls), self.geometry, source.shown), AHEAD) as frames,
+            ExitStack() as file,
+        ):
+            writer = VideoWriter(
                 output,
                 info.width,
                 info.height,
@@ -410,11 +439,31 @@ class _Run:
                 quality=self.settings.quality,
                 colour=info.colour,
                 aspect=info.aspect,
-            ) as writer,
-        ):
-            for frame in composed(originals, generated, geometry, source.shown):
-                writer.write(frame)
+            )
+            file.enter_context(writer)
+            for frame in frames:
+                with encoder.running():
+                    writer.write(frame)
                 advance(1)
+            with encoder.running():  # It holds some frames back until the file is closed.
+                file.close()
+
+    def _decoded(self, windows: np.ndarray, device: Clock) -> Iterator[Frames]:
+        """Generated crops of the frames that have a face, call by call; for a thread of its own."""
+        with computing(self.settings.compute_dtype):
+            vae = self.model.load("vae", self.settings.compute_dtype)
+            yield from decode_frames(vae, self._shown_latents(windows), *self._frames_at_once(), device)
+
+    def _shown_latents(self, windows: np.ndarray) -> Iterator[np.ndarray]:
+        """Latents of the frames that have a face; none that is not shown is decoded.
+
+        A frame that two windows share has the same latents in both, its keyframe's: averaging them, as the
+        reference averages their pixels, changes no bit.
+        """
+        shown = self.source.shown[: self.source.frames]
+        for latents, at in zip(merge_windows(windows), shown, strict=False):
+            if self.geometry.present[at]:
+                yield latents
 
 
 def composed(
@@ -423,16 +472,16 @@ def composed(
     """The dub's frames before encoding.
 
     Args:
-      originals: uint8 `[H, W, 3]` of every frame of the dub; they end the iteration.
-      generated: decoded crops `[S, S, 3]` in [0, 255], at least as many.
+      originals: uint8 `[H, W, 3]` of every frame of the dub.
+      generated: uint8 `[S, S, 3]`, the generated crop of every frame that has a face.
       shown: frame of the video that each frame of the dub shows.
 
     Yields:
       uint8 `[H, W, 3]`: the original where there is no face, and outside the pasted region.
     """
-    for original, crop, at in zip(originals, generated, shown, strict=False):
+    faces = iter(generated)
+    for original, at in zip(originals, shown, strict=False):
         if geometry.present[at]:
-            face = np.rint(np.clip(crop, 0, 255)).astype(np.uint8)
-            yield paste(original, face, geometry.masks[at], geometry.boxes[at])
+            yield paste(original, next(faces), geometry.masks[at], geometry.boxes[at])
         else:
             yield original

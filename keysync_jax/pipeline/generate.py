@@ -11,6 +11,8 @@ from keysync_jax.config import EncoderKind, StageConfig
 from keysync_jax.diffusion.guidance import Guidance
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
+from keysync_jax.pipeline.devices import ONE_DEVICE, Devices
+from keysync_jax.pipeline.flow import Clock, results
 from keysync_jax.pipeline.sampling import Windows, sample_windows
 from keysync_jax.pipeline.windows import Plan
 
@@ -58,8 +60,9 @@ class Sampling:
     Attributes:
       sigmas: noise levels `[steps + 1]`, the last 0.
       seed: of all noise.
-      windows_per_call: windows that one network call takes; the last call is filled up.
+      windows_per_call: windows of a network call that each device takes; the last call is filled up.
       scale_factor: stored latents are raw ones times this.
+      devices: that share a call's windows.
     """
 
     guidance: Guidance
@@ -67,6 +70,7 @@ class Sampling:
     seed: int = 0
     windows_per_call: int = 1
     scale_factor: float = 0.18215
+    devices: Devices = ONE_DEVICE
 
     def noise(self, stream: int, call: int, shape: tuple[int, ...]) -> jax.Array:
         """The noise of one window: it depends on the seed, the stage and the window's number alone."""
@@ -89,12 +93,19 @@ def check_features(config: StageConfig, features: Features, frames: int) -> None
 
 
 def keyframes(
-    network: Network, clip: Clip, plan: Plan, features: Features, sampling: Sampling, first_call: int = 0
+    network: Network,
+    clip: Clip,
+    plan: Plan,
+    features: Features,
+    sampling: Sampling,
+    first_call: int = 0,
+    device: Clock | None = None,
 ) -> Iterator[np.ndarray]:
     """Latents of the keyframes, call by call.
 
     Args:
       first_call: calls that an earlier run has done.
+      device: is told how long the devices were busy.
 
     Yields:
       The keyframes of each call that has any, `[n, s, s, 4]` scaled, anchors and padding dropped.
@@ -108,7 +119,7 @@ def keyframes(
         return Windows(noise, features.vectors[frames], identity[None], latents, masks)
 
     calls = sum(bool(call.kept) for call in plan.keyframe_calls)
-    for call, latents in _sampled(network, inputs, first_call, calls, sampling):
+    for call, latents in _sampled(network, inputs, first_call, calls, sampling, device):
         yield latents[plan.keyframe_calls[call].kept]
 
 
@@ -120,12 +131,14 @@ def interpolation(
     keyframe_latents: np.ndarray,
     sampling: Sampling,
     first_window: int = 0,
+    device: Clock | None = None,
 ) -> Iterator[np.ndarray]:
     """Latents of all frames, window by window.
 
     Args:
       keyframe_latents: scaled `[K, s, s, 4]`.
       first_window: windows that an earlier run has done.
+      device: is told how long the devices were busy.
 
     Yields:
       `[T, s, s, 4]` scaled of each window in order; its ends are the keyframes themselves.
@@ -139,22 +152,34 @@ def interpolation(
         noise = sampling.noise(INTERPOLATION_STREAM, window, latents.shape)
         return Windows(noise, features.vectors[frames], ends, latents, masks)
 
-    for window, latents in _sampled(network, inputs, first_window, len(plan.windows), sampling):
+    for window, latents in _sampled(network, inputs, first_window, len(plan.windows), sampling, device):
         yield np.concatenate(
             [keyframe_latents[window][None], latents[1:-1], keyframe_latents[window + 1][None]]
         )
 
 
 def _sampled(
-    network: Network, inputs: Callable[[int], Windows], first: int, count: int, sampling: Sampling
+    network: Network,
+    inputs: Callable[[int], Windows],
+    first: int,
+    count: int,
+    sampling: Sampling,
+    device: Clock | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Samples windows `first` to `count` in batches of one shape; yields (window, latents)."""
-    sigmas = jnp.asarray(sampling.sigmas, jnp.float32)
-    for start in range(first, count, sampling.windows_per_call):
-        numbers = range(start, min(start + sampling.windows_per_call, count))
-        rows = [inputs(n) for n in numbers]
-        rows += rows[-1:] * (sampling.windows_per_call - len(rows))
-        batch = Windows(*(np.stack([np.asarray(x) for x in field]) for field in zip(*rows, strict=True)))
-        yield from zip(
-            numbers, np.asarray(sample_windows(*network, batch, sampling.guidance, sigmas)), strict=False
-        )
+    devices = sampling.devices
+    network = devices.network(network)
+    given = devices.copy((sampling.guidance, np.asarray(sampling.sigmas, np.float32)))
+    size = sampling.windows_per_call * len(devices)
+    starts = range(first, count, size)
+
+    def batch(start: int) -> Windows:
+        rows = [inputs(n) for n in range(start, min(start + size, count))]
+        rows += rows[-1:] * (size - len(rows))
+        noise, *others = zip(*rows, strict=True)
+        # The noise stays on the device: to read it the host would wait for the call before this one.
+        return devices.split(Windows(jnp.stack(noise), *map(np.stack, others)))
+
+    calls = (devices.run(sample_windows, network, batch(start), *given) for start in starts)
+    for start, latents in zip(starts, results(calls, device), strict=True):
+        yield from zip(range(start, min(start + size, count)), latents, strict=False)

@@ -1,8 +1,10 @@
 """Frames to latents and back, in calls of a fixed shape."""
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,32 @@ from flax import nnx
 from keysync_jax.model import Network
 from keysync_jax.nn.functional import bind
 from keysync_jax.nn.vae import Posterior
+from keysync_jax.pipeline.devices import ONE_DEVICE, Devices
+from keysync_jax.pipeline.flow import Clock, results
 from keysync_jax.typing import Array, Frames, Params
 
 FRAMES_PER_CALL = 2
-"""Frames that the VAE takes at once: 512 x 512 frames need about 1.5 GiB each while decoding."""
+"""Frames that the VAE takes at once where the device does not tell its memory."""
+
+MOST_PER_CALL = 16
+"""Frames from which a larger call of the VAE is no quicker."""
+
+DECODE_BYTES = 1.5 * 2**30
+"""Device memory of a 512 x 512 frame while it is decoded, of all that the VAE does the most; as the area."""
+
+
+def frames_per_call(size: int) -> int:
+    """Frames of `size` x `size` that a call of the VAE takes on each device.
+
+    They fill up to half of the memory that is free now. A power of two, so that runs of about the same free
+    memory have the same programs.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return FRAMES_PER_CALL
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    fit = free / 2 / (DECODE_BYTES * (size / 512) ** 2)
+    return 2 ** int(np.log2(np.clip(fit, 1, MOST_PER_CALL)))
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -35,8 +59,17 @@ def _decode(graphdef: nnx.GraphDef, params: Params, latents: Array) -> Array:
     return (jnp.clip(frames, -1, 1) + 1) * 127.5
 
 
+@partial(jax.jit, static_argnames="graphdef")
+def _decode_pixels(graphdef: nnx.GraphDef, params: Params, latents: Array) -> Array:
+    return jnp.rint(_decode(graphdef, params, latents)).astype(jnp.uint8)
+
+
 def encode_frames(
-    vae: Network, frames: Iterable[np.ndarray], per_call: int = FRAMES_PER_CALL
+    vae: Network,
+    frames: Iterable[np.ndarray],
+    per_call: int = FRAMES_PER_CALL,
+    devices: Devices = ONE_DEVICE,
+    device: Clock | None = None,
 ) -> Iterator[np.ndarray]:
     """Scaled latents of a stream of frames, the mean of the posterior.
 
@@ -45,14 +78,13 @@ def encode_frames(
 
     Args:
       frames: uint8 RGB `[S, S, 3]` each.
+      per_call: frames of a call that each device takes.
+      device: is told how long the devices were busy.
 
     Yields:
-      `[n, s, s, 4]` fp32 with n <= `per_call`, in order.
+      `[n, s, s, 4]` fp32 of each call, in order; the next call is under way.
     """
-    stream = iter(frames)
-    while group := list(islice(stream, per_call)):
-        full = _filled(np.stack(group), per_call)
-        yield np.asarray(_encode(*vae, full))[: len(group)]
+    return _mapped(_encode, vae, frames, per_call, devices, device)
 
 
 def encode_posterior(
@@ -72,6 +104,26 @@ def encode_posterior(
         yield Posterior(*(np.asarray(moment)[: len(group)] for moment in full))
 
 
+def decode_frames(
+    vae: Network,
+    latents: Iterable[np.ndarray],
+    per_call: int = FRAMES_PER_CALL,
+    devices: Devices = ONE_DEVICE,
+    device: Clock | None = None,
+) -> Iterator[Frames]:
+    """Pixels of a stream of scaled latents, each decoded alone as the reference does, rounded on the device.
+
+    Args:
+      latents: `[s, s, 4]` each.
+      per_call: frames of a call that each device takes.
+      device: is told how long the devices were busy.
+
+    Yields:
+      uint8 RGB `[n, S, S, 3]` of each call, in order; the next call is under way.
+    """
+    return _mapped(_decode_pixels, vae, latents, per_call, devices, device)
+
+
 def decode_latents(vae: Network, latents: np.ndarray, per_call: int = FRAMES_PER_CALL) -> np.ndarray:
     """Frames of scaled latents, each decoded alone as the reference does.
 
@@ -83,6 +135,28 @@ def decode_latents(vae: Network, latents: np.ndarray, per_call: int = FRAMES_PER
     """
     parts = [latents[i : i + per_call] for i in range(0, len(latents), per_call)]
     return np.concatenate([np.asarray(_decode(*vae, _filled(p, per_call)))[: len(p)] for p in parts])
+
+
+def _mapped(
+    function: Callable[..., Any],
+    vae: Network,
+    rows: Iterable[np.ndarray],
+    per_call: int,
+    devices: Devices,
+    device: Clock | None,
+) -> Iterator[np.ndarray]:
+    """`function(graphdef, params, rows)` over a stream of rows, call by call."""
+    stream, size = iter(rows), per_call * len(devices)
+    vae = devices.network(vae)
+    counts: deque[int] = deque()
+
+    def calls() -> Iterator[Any]:
+        while group := list(islice(stream, size)):
+            counts.append(len(group))
+            yield devices.run(function, vae, devices.split(_filled(np.stack(group), size)))
+
+    for made in results(calls(), device):
+        yield made[: counts.popleft()]
 
 
 def _filled(rows: Frames, count: int) -> np.ndarray:

@@ -3,15 +3,20 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax.monitoring
 from tqdm import tqdm
 
+from keysync_jax.pipeline.flow import Clock
+
 Advance = Callable[[int], object]
 """Is told how many units were done."""
+
+PARTS = ("device", "decoder", "encoder")
+"""Of the machine, whose busy time a phase may tell; the rest of the phase they wait."""
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _FROM_DISK_EVENT = "/jax/compilation_cache/cache_hits"
@@ -24,6 +29,7 @@ class Phase:
     Attributes:
       seconds: wall time, of which `compile_seconds` compiling `compiled` programs.
       peak_bytes: peak host memory of the process up to the end of the phase.
+      busy: seconds in which each of `PARTS` that the phase has was busy.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Phase:
     compiled: int
     compile_seconds: float
     peak_bytes: int
+    busy: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,8 +48,12 @@ class Phases:
     done: list[Phase] = field(default_factory=list)
 
     @contextmanager
-    def phase(self, name: str, total: int, unit: str, start: int = 0) -> Iterator[Advance]:
-        """Runs a phase of `total` units, of which `start` were done by an earlier run."""
+    def phase(self, name: str, total: int, unit: str, start: int = 0, **parts: Clock) -> Iterator[Advance]:
+        """Runs a phase of `total` units, of which `start` were done by an earlier run.
+
+        Args:
+          parts: a clock for each of `PARTS` that the phase has.
+        """
         before, compiles_before = time.perf_counter(), _Compiles.snapshot()
         with tqdm(
             total=total,
@@ -55,10 +66,11 @@ class Phases:
             yield bar.update
         count, seconds = (now - then for now, then in zip(_Compiles.snapshot(), compiles_before, strict=True))
         took = time.perf_counter() - before
-        self.done.append(Phase(name, took, int(count), seconds, peak_bytes()))
+        busy = {part: clock.busy for part, clock in parts.items()}
+        self.done.append(Phase(name, took, int(count), seconds, peak_bytes(), busy))
 
     def table(self) -> str:
-        """A table of the phases and their total."""
+        """A table of the phases and their total; of the parts of the machine, busy / waiting seconds."""
         total = Phase(
             "total",
             sum(p.seconds for p in self.done),
@@ -66,11 +78,22 @@ class Phases:
             sum(p.compile_seconds for p in self.done),
             peak_bytes(),
         )
+        shown = [part for part in PARTS if any(part in p.busy for p in self.done)]
         lines = [f"{'phase':<14} {'seconds':>9} {'compiling':>10} {'programs':>9} {'peak memory':>12}"]
+        lines[0] += "".join(f" {part:>15}" for part in shown)
         for p in (*self.done, total):
             times = f"{p.seconds:9.1f} {p.compile_seconds:10.1f} {p.compiled:9d}"
-            lines.append(f"{p.name:<14} {times} {p.peak_bytes / 2**30:8.2f} GiB")
+            parts = "".join(f" {_busy_and_waiting(p, part):>15}" for part in shown)
+            lines.append(f"{p.name:<14} {times} {p.peak_bytes / 2**30:8.2f} GiB{parts}".rstrip())
         return "\n".join(lines)
+
+
+def _busy_and_waiting(phase: Phase, part: str) -> str:
+    """Seconds; empty where the phase does without the part."""
+    if part not in phase.busy:
+        return ""
+    busy = phase.busy[part]
+    return f"{busy:.1f} / {max(phase.seconds - busy, 0):.1f}"
 
 
 def peak_bytes() -> int:

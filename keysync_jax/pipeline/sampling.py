@@ -18,7 +18,7 @@ from keysync_jax.diffusion.guidance import (
     keep,
     repeat,
 )
-from keysync_jax.diffusion.sampler import sample
+from keysync_jax.diffusion.sampler import Denoise, sample, steps
 from keysync_jax.nn.functional import bind
 from keysync_jax.typing import Array, Params
 
@@ -64,6 +64,23 @@ def sample_windows(
     Returns:
       Scaled latents `[B, T, h, w, 4]` fp32; equal to `gt` where the mask is 0.
     """
+    return sample(_guided(graphdef, params, windows, guidance), windows.noise, sigmas)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def sample_steps(
+    graphdef: nnx.GraphDef, params: Params, windows: Windows, guidance: Guidance, sigmas: Array
+) -> tuple[Array, Array]:
+    """Every step of `sample_windows`: where it arrives, and the clean latents it went towards.
+
+    Returns:
+      Two arrays `[steps, B, T, h, w, 4]` fp32, scaled.
+    """
+    return steps(_guided(graphdef, params, windows, guidance), windows.noise, sigmas)
+
+
+def _guided(graphdef: nnx.GraphDef, params: Params, windows: Windows, guidance: Guidance) -> Denoise:
+    """The guided denoiser of a batch of windows."""
     stage = bind(graphdef, params)
     projected = stage.project_audio(windows.audio)
     audio = keep(guidance, "audio", projected)
@@ -78,4 +95,4 @@ def sample_windows(
         branches = precond.denoise(network, repeat(guidance, x), repeat(guidance, sigma), gt, mask)
         return combine(guidance, branches)
 
-    return sample(denoise, windows.noise, sigmas)
+    return denoise

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keysync_jax.cli import main
 from keysync_jax.evaluation import demo as demo_module
 from keysync_jax.evaluation import pairs as pairs_module
 from keysync_jax.evaluation import synth_eval as synth_eval_module
@@ -20,6 +21,7 @@ from keysync_jax.evaluation.pairs import Pair
 from keysync_jax.evaluation.synth_eval import EvalSettings, Scores, evaluate, measure
 from keysync_jax.metrics.mouth import MouthReader
 from keysync_jax.model import Model, open_model
+from keysync_jax.pipeline.dub import DubSettings
 from tests.clips import write_video
 
 SEED, SECONDS = 4_000_003, 1.2
@@ -123,3 +125,37 @@ def test_no_number_is_of_old_code_or_another_device(
             assert made() == (4, 1)
             assert made() == (0, 0)
     assert made() == (0, 0)
+
+
+def test_devices_are_counted_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for count, sentence in {
+        "999": "999 devices were asked for, but this host has",
+        "0": "at least 1",
+    }.items():
+        assert main(["synth-eval", "-o", str(tmp_path / "eval"), "--devices", count]) == 2
+        assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_dub_is_told_how_many_devices_to_take(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int | None] = []
+
+    def telling(video: Path, voice: Path, output: Path, model: Model, settings: DubSettings) -> None:
+        told.append(settings.devices)
+        shutil.copyfile(video, output)
+
+    def dubbing(model: Model, pairs: list[Pair], output: Path, *_: object, **options: Any) -> Scores:
+        for pair in pairs:
+            pair.dubbed(model, output / f"{pair.number:05d}.mp4", devices=options["devices"])
+        return Scores(len(pairs), {})
+
+    Dubs(monkeypatch)
+    monkeypatch.setattr(pairs_module, "dub", telling)
+    monkeypatch.setattr(synth_eval_module, "measure", dubbing)
+    model = open_model(tiny_model)
+    evaluate(model, tmp_path / "eval", EvalSettings(clips=2, seconds=1.0, devices=1), {"other": model})
+    assert told == [1] * 4

@@ -1,5 +1,6 @@
 """Pasting back: untouched outside, generated inside, no step anywhere."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -101,3 +102,18 @@ def test_a_flat_difference_has_no_seam() -> None:
     steps = max(np.abs(np.diff(result[..., 0].astype(int), axis=axis)).max() for axis in (0, 1))
     assert result.max() == 160
     assert steps <= 60 * 1.5 * 2 / FEATHER + 1
+
+
+@pytest.mark.parametrize("box", [BOX, [0, 0, 300, 300], [100, 100, 190, 190]])
+@pytest.mark.parametrize("mask", [box_mask(64), box_mask(64, bottom=False), np.zeros((64, 64), np.uint8)])
+def test_blending_the_pasted_region_alone_changes_no_bit(box: list[int], mask: np.ndarray) -> None:
+    source, box = frame(), np.array(box)
+    generated = np.random.default_rng(1).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    x0, y0, x1, y1 = box
+    method = cv2.INTER_AREA if 2 * (x1 - x0) < 512 else cv2.INTER_CUBIC
+    face = cv2.resize(generated, (int(x1 - x0), int(y1 - y0)), interpolation=method).astype(np.float32)
+    below = source[y0:y1, x0:x1].astype(np.float32)
+    blended = source.copy()
+    weights = paste_weights(mask, box, SHAPE)[..., None]
+    blended[y0:y1, x0:x1] = np.rint(below + weights * (face - below))
+    np.testing.assert_array_equal(paste(source, generated, mask, box), blended)

@@ -136,5 +136,14 @@ def test_the_kernel_is_that_of_the_mesh_not_of_this_machine(
     assert asked == kernels
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [("float16", 2.0**-11), ("bfloat16", 2.0**-8)])
+def test_half_precision_under_jit(dtype: str, rounding: float) -> None:
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, TOKENS, HEADS, WIDTH)).astype(dtype)
+    out = jax.jit(attention)(q, k, v)
+    assert out.dtype == dtype
+    exact = attention(*(x.astype("float32") for x in (q, k, v)))
+    assert jnp.abs(out.astype("float32") - exact).max() < 4 * rounding
+
+
 if __name__ == "__main__":
     main()

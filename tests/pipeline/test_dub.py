@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -17,19 +19,23 @@ import jax.monitoring
 import numpy as np
 import pytest
 
+from keysync_jax.backend import computing
 from keysync_jax.cli import main
 from keysync_jax.errors import UserError
-from keysync_jax.media.composite import pasted_region
+from keysync_jax.media.composite import paste, pasted_region
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import source_index
 from keysync_jax.media.video import probe_video
 from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import Model, open_model
 from keysync_jax.pipeline import dub as dub_module
-from keysync_jax.pipeline import generate
+from keysync_jax.pipeline import generate, latents
 from keysync_jax.pipeline.dub import DubReport, DubSettings, dub
+from keysync_jax.pipeline.flow import Clock
 from keysync_jax.pipeline.generate import Features, check_features
+from keysync_jax.pipeline.latents import decode_latents
 from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.windows import merge_windows
 from keysync_jax.pipeline.workspace import Workspace
 from tests.clips import face_landmarks, write_video, write_voice
 
@@ -276,6 +282,71 @@ def test_frames_without_a_face_pass_through(
     assert changed == [True] * 10 + [False] * 18
 
 
+def test_only_shown_faces_are_decoded_and_the_frames_are_those_of_whole_windows(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the reference does it: every window decoded, the frames that two share averaged, then rounded."""
+    landmarks = face_landmarks(FRAMES)
+    landmarks[5:20] = np.nan
+    np.save(tmp_path / "gaps.npy", landmarks)
+    decoded: list[int] = []
+    windows: list[np.ndarray] = []
+    decode, compose, captured = latents._decode_pixels, dub_module._Run._compose, Captured(monkeypatch)
+
+    def counted(*given: Any) -> Any:
+        decoded.append(len(given[-1]))
+        return decode(*given)
+
+    def keep(run: Any, made: np.ndarray, output: Path) -> None:
+        windows.append(np.array(made))
+        compose(run, made, output)
+
+    monkeypatch.setattr(latents, "_decode_pixels", counted)
+    monkeypatch.setattr(dub_module._Run, "_compose", keep)
+    gaps = settings(clip, landmarks=str(tmp_path / "gaps.npy"))
+    dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, gaps)
+    assert sum(decoded) == 14  # 13 of 28 frames, in calls of two; the three windows have 42
+    geometry, vae = captured.geometry, open_model(tiny_model).load("vae")
+    with computing("fp32"):
+        faces = list(merge_windows(decode_latents(vae, window) for window in windows[0]))
+    for i, original in enumerate(pingpong_frames(clip / "video.mp4", 28)):
+        face = np.rint(np.clip(faces[i], 0, 255)).astype(np.uint8)
+        pasted = paste(original, face, geometry.masks[i], geometry.boxes[i])
+        np.testing.assert_array_equal(captured.frames[i], pasted if geometry.present[i] else original)
+
+
+def test_the_video_is_read_while_the_dub_is_written(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write, play = threading.Event(), VideoWriter.write, pingpong_frames
+    seen: list[bool] = []
+
+    def reading(*given: Any, **options: Any) -> Iterator[np.ndarray]:
+        for i, frame in enumerate(play(*given, **options)):
+            if i == 6:
+                read.set()
+            yield frame
+
+    def writing(writer: VideoWriter, frame: np.ndarray) -> None:
+        seen.append(read.wait(0 if seen else 20))
+        write(writer, frame)
+
+    monkeypatch.setattr(dub_module, "pingpong_frames", reading)
+    monkeypatch.setattr(VideoWriter, "write", writing)
+    report = dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, settings(clip))
+    assert seen[0]
+    phases = {phase.name: phase for phase in report.phases.done}
+    parts = {
+        "encode": {"device", "decoder"},
+        "keyframes": {"device"},
+        "interpolation": {"device"},
+        "compose": {"device", "decoder", "encoder"},
+    }
+    for name, used in parts.items():
+        assert phases[name].busy.keys() == used
+        assert all(0 < busy < phases[name].seconds for busy in phases[name].busy.values())
+
+
 @pytest.mark.parametrize("stop_in", ["keyframes", "interpolation", "compose"])
 def test_an_interrupted_dub_goes_on_where_it_was(
     clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_in: str
@@ -363,6 +434,8 @@ BAD = {
     "zero steps": ({"--steps": "0"}, "at least 10 steps"),
     "quality": ({"--quality": "60"}, "0 (lossless) to 51"),
     "windows": ({"--windows-per-call": "0"}, "at least 1 window"),
+    "no devices": ({"--devices": "0"}, "at least 1 device"),
+    "more devices than there are": ({"--devices": "999"}, "999 devices were asked for, but this host has"),
 }
 
 
@@ -437,6 +510,13 @@ def test_the_report_counts_time_programs_and_memory() -> None:
     assert one.seconds > one.compile_seconds > 0
     assert two.compiled == 0
     assert two.peak_bytes >= one.peak_bytes > 2**26
+    assert "device" not in phases.table()
+    with phases.phase("three", 1, "units", encoder=Clock(0.25), device=Clock(1000)):
+        time.sleep(0.3)
+    heading, first, *_, third, _total = phases.table().splitlines()
+    assert heading.split()[-2:] == ["device", "encoder"]
+    assert first.endswith("GiB")
+    assert third.split()[-6:-2] == ["1000.0", "/", "0.0", "0.2"]  # busy / waiting seconds
 
 
 def test_a_full_disk_is_noticed_before_anything_is_mapped(
