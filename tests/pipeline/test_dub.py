@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +64,7 @@ class Captured:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.frames: list[np.ndarray] = []
         self.geometry: Any = None
-        write, composed = VideoWriter.write, dub_module.composed
+        begin, write, composed = VideoWriter.__init__, VideoWriter.write, dub_module.composed
 
         def keep_frame(writer: VideoWriter, frame: np.ndarray) -> None:
             self.frames.append(frame.copy())
@@ -73,6 +74,8 @@ class Captured:
             self.geometry = geometry
             return composed(originals, generated, geometry, shown)
 
+        # What is given to the encoder does not depend on how hard it works.
+        monkeypatch.setattr(VideoWriter, "__init__", partialmethod(begin, preset="ultrafast"))
         monkeypatch.setattr(VideoWriter, "write", keep_frame)
         monkeypatch.setattr(dub_module, "composed", keep_geometry)
 
