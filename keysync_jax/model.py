@@ -7,8 +7,9 @@ and the SHA-256 of every file. Opening a model checks all of it before anything 
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ from keysync_jax.config import (
     LogMelConfig,
     ModelConfig,
     SpeechConfig,
+    StageConfig,
+    VAEConfig,
     encoder_name,
     from_dict,
     to_dict,
@@ -28,7 +31,7 @@ from keysync_jax.config import (
 from keysync_jax.errors import UserError
 from keysync_jax.files import fingerprint, new_folder, sha256_once, write_json
 from keysync_jax.hub import Address, File, is_address, locate
-from keysync_jax.nn.functional import Make, shapes
+from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
@@ -60,16 +63,37 @@ def components(config: ModelConfig) -> list[str]:
     return ["keyframe", "interpolation", "vae", *(f"audio_{kind}" for kind in speech)]
 
 
-def maker(config: ModelConfig, component: str, dtype: Any = jnp.float32) -> Make:
-    """Builds a component's module."""
+@dataclass(frozen=True)
+class Maker:
+    """Builds the module of a component; two of the same sizes are equal."""
+
+    sizes: StageConfig | VAEConfig | SpeechConfig
+    dtype: Any
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        if isinstance(self.sizes, StageConfig):
+            return stage(self.sizes, dtype=self.dtype, rngs=rngs)
+        if isinstance(self.sizes, VAEConfig):
+            return VAE(self.sizes, dtype=self.dtype, rngs=rngs)
+        return SpeechModel(self.sizes, dtype=self.dtype, rngs=rngs)
+
+
+def maker(config: ModelConfig, component: str, dtype: Any = jnp.float32) -> Maker:
+    """What builds a component's module."""
     if component in ("keyframe", "interpolation"):
-        kind = config.keyframe if component == "keyframe" else config.interpolation
-        return lambda rngs: stage(kind, dtype=dtype, rngs=rngs)
+        return Maker(config.keyframe if component == "keyframe" else config.interpolation, dtype)
     if component == "vae":
-        return lambda rngs: VAE(config.vae, dtype=dtype, rngs=rngs)
+        return Maker(config.vae, dtype)
     encoder = config.encoders[component.removeprefix("audio_")]
     assert isinstance(encoder, SpeechConfig)  # Log-mel is no component.
-    return lambda rngs: SpeechModel(encoder, dtype=dtype, rngs=rngs)
+    return Maker(encoder, dtype)
+
+
+@lru_cache(maxsize=32)
+def _shapes(make: Maker) -> tuple[nnx.GraphDef, Mapping[str, jax.ShapeDtypeStruct]]:
+    """A second or two at full size, and asked for at every opening and loading."""
+    graphdef, found = shapes(make)
+    return graphdef, MappingProxyType(found)
 
 
 def _trained_on(config: ModelConfig, component: str) -> dict[str, str]:
@@ -120,7 +144,7 @@ class Model:
           UserError: the file has changed since the model was opened.
         """
         _check_bytes(self.folder / f"{component}.safetensors", self.hashes)
-        graphdef, wanted = shapes(maker(self.config, component, DTYPES[dtype]))
+        graphdef, wanted = _shapes(maker(self.config, component, DTYPES[dtype]))
         file = TensorFile(self.folder / f"{component}.safetensors")
 
         def place(name: str) -> jax.Array:
@@ -263,7 +287,7 @@ def _check_component(config: ModelConfig, component: str, file: TensorFile) -> N
             )
         if found != value:
             raise UserError(f"{file.path}: holds the component {found!r}, not {value!r}")
-    _, wanted = shapes(maker(config, component))
+    _, wanted = _shapes(maker(config, component))
     for name, shape in wanted.items():
         if name not in file.shapes:
             raise UserError(f"{file.path}: tensor {name!r} is missing")

@@ -13,7 +13,9 @@ from tests.tiny_model import HEAD_DIM, write_checkpoints
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Most of the tests' time is compiling: processes, and commands that tests start, share what they compiled.
+# Most of the tests' time is compiling: LLVM does less of it, and processes, and commands that tests start,
+# share what they compiled.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 COMPILED = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 jax.config.update("jax_compilation_cache_dir", COMPILED)

@@ -138,7 +138,7 @@ def test_a_demo_takes_no_dub_of_another_model(
     shorter = replace(model, config=replace(model.config, steps=2))
     folders = []
     for dubbing in (model, model, unguided, shorter):
-        demo(dubbing, tmp_path, seconds=1.2)
+        demo(dubbing, tmp_path, seconds=0.72)
         folders.append(asked[-1].parent)
     assert folders[0] == folders[1]
     assert len(set(folders)) == 3

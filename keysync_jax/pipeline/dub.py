@@ -7,7 +7,6 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
@@ -15,21 +14,17 @@ import jax
 import numpy as np
 
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, ModelConfig, StageKind
+from keysync_jax.config import Dtype, StageKind
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
-from keysync_jax.media.audio import frames_of, read_audio
 from keysync_jax.media.composite import paste
-from keysync_jax.media.crop import crop_frame, crop_track, landmarks_in_crop
+from keysync_jax.media.crop import crop_frame
 from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
 from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks, save_landmarks
-from keysync_jax.media.masks import SIZE as MASK_SIZE
-from keysync_jax.media.masks import exclude, make_mask, to_latent
-from keysync_jax.media.occlusion import Occluder, occluded_cells
+from keysync_jax.media.occlusion import Occluder
 from keysync_jax.media.playback import pingpong_frames
-from keysync_jax.media.timeline import Timeline, source_index
-from keysync_jax.media.video import VideoInfo, probe_video, read_frames, scan_timeline
+from keysync_jax.media.video import read_frames
 from keysync_jax.media.writer import VideoWriter, check_writable
 from keysync_jax.model import Model, model_bytes, model_folder, open_model
 from keysync_jax.pipeline.devices import Devices, check_count, local_devices
@@ -40,7 +35,8 @@ from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_featur
 from keysync_jax.pipeline.latents import decode_frames, encode_frames, frames_per_call
 from keysync_jax.pipeline.phases import Advance, Phases
 from keysync_jax.pipeline.sampling import guidance_of
-from keysync_jax.pipeline.windows import FRAMES, Plan, make_plan, merge_windows, padded_length
+from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
+from keysync_jax.pipeline.windows import FRAMES, merge_windows
 from keysync_jax.pipeline.workspace import ResumableArray, Workspace
 from keysync_jax.typing import Frames
 
@@ -95,57 +91,6 @@ class DubSettings:
 
 
 @dataclass(frozen=True)
-class Source:
-    """The video and the voice, probed.
-
-    Attributes:
-      frames: frames of the dub, as many as the voice needs.
-      timeline: the video's frames at 25 a second.
-      wave: the voice, 16 kHz mono.
-    """
-
-    video: Path
-    voice: Path
-    info: VideoInfo
-    timeline: Timeline
-    wave: np.ndarray
-
-    @property
-    def frames(self) -> int:
-        return frames_of(len(self.wave))
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The plan of the length that covers every frame; frames beyond the dub's are dropped."""
-        return make_plan(padded_length(self.frames))
-
-    @cached_property
-    def shown(self) -> np.ndarray:
-        """Frame of the video that each of the plan's frames shows: the video plays to and fro."""
-        return np.array([source_index(i, len(self.timeline)) for i in range(self.plan.windows[-1][1] + 1)])
-
-    @property
-    def used(self) -> int:
-        """Frames of the video that the plan shows, from its beginning."""
-        return int(self.shown.max()) + 1
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the face is in each used frame of the video.
-
-    Attributes:
-      boxes: of the crop, `[N, 4]`.
-      present: whether there is a face to dub, `[N]`.
-      masks: at the latent resolution, `[N, s, s]` uint8.
-    """
-
-    boxes: np.ndarray
-    present: np.ndarray
-    masks: np.ndarray
-
-
-@dataclass(frozen=True)
 class DubReport:
     """What `dub` did; `phases.table()` has time and memory."""
 
@@ -185,7 +130,7 @@ def dub(
     for source_file in (video, voice):
         if output.resolve() == source_file.resolve():
             raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
-    source = _probe(video, voice)
+    source = probe_source(video, voice)
     if not isinstance(model, Model):
         model = model_folder(model, settings.allow_download)
     given = _given_landmarks(source, settings)
@@ -209,16 +154,10 @@ def dub(
         computing(settings.compute_dtype),
     ):
         landmarks, present = _landmarks(source, settings, given, work, phases)
-        geometry = _geometry(source, model.config, landmarks, present, occluder, phases)
+        geometry = face_geometry(source, model.config, landmarks, present, occluder, phases)
         report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
         work.remove()
     return report
-
-
-def _probe(video: Path, voice: Path) -> Source:
-    info = probe_video(video)
-    wave = read_audio(voice)
-    return Source(video, voice, info, scan_timeline(video), wave)
 
 
 def _open(folder: Path, phases: Phases) -> Model:
@@ -286,29 +225,6 @@ def _detected(source: Source, settings: DubSettings, advance: Advance, decoder: 
     read = decoder.timed(islice(read_frames(source.video), source.used))
     with closing(make_detector(*chosen)) as detector, ahead(read, AHEAD) as frames:
         return detect_all(frames, detector, advance, source.info.aspect)
-
-
-def _geometry(
-    source: Source,
-    config: ModelConfig,
-    landmarks: np.ndarray,
-    present: np.ndarray,
-    occluder: Occluder | None,
-    phases: Phases,
-) -> Geometry:
-    """Crop and mask of every used frame."""
-    info = source.info
-    boxes = crop_track(landmarks, present, info.height, info.width, info.aspect)
-    cropped = landmarks_in_crop(landmarks, boxes, MASK_SIZE)
-    size = config.keyframe.latent_size
-    # One by one: the full-size masks of a long clip together would take gigabytes.
-    masks = [to_latent(make_mask(points[None], config.mask), size)[0] for points in cropped]
-    if occluder is not None:
-        with phases.phase("occluder", source.used, "frames") as advance:
-            for i, (box, frame) in enumerate(zip(boxes, occluder, strict=False)):
-                masks[i] = exclude(masks[i], occluded_cells(frame, box, size))
-                advance(1)
-    return Geometry(boxes, present, np.stack(masks))
 
 
 @dataclass
