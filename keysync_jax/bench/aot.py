@@ -109,7 +109,7 @@ def topology(name: str) -> Any:
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
-      UserError: there is no such machine.
+      UserError: libtpu knows no such machine, or could not be started.
     """
     require("libtpu")
     for variable, value in _WITHOUT_A_CHIP.items():
@@ -118,9 +118,8 @@ def topology(name: str) -> Any:
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"there is no topology {name} to compile for ({reason})") from error
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(f"cannot compile for the topology {name} ({_first_line(error)})") from error
 
 
 def chip_of(kind: str) -> Chip:

@@ -19,7 +19,7 @@ def add_bench(commands: Commands) -> None:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="windows, frames or clips a call")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed calls (default 5)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed calls (default 5)")
     parser.add_argument(
         "--against",
         metavar="torch|FILE",
@@ -39,8 +39,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     beside_torch = arguments.against == "torch"
     if arguments.torch_compile and not beside_torch:
         raise UserError("--torch-compile goes with --against torch")
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats takes 1 or more, not {arguments.repeats}")
+    repeats = 5 if arguments.repeats is None else arguments.repeats
+    if repeats < 1:
+        raise UserError(f"--repeats takes 1 or more, not {repeats}")
     if beside_torch:
         # Both share the GPU; JAX would take three quarters of it at once.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -63,7 +64,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     rows = []
     for workload in chosen:
         beside = torch_call(workload, size, dtype, arguments.torch_compile) if beside_torch else None
-        rows.append(measure(workload, arguments.repeats, beside))
+        rows.append(measure(workload, repeats, beside))
     print(report.table(conditions, rows, before))
     if arguments.json is not None:
         report.save(arguments.json, conditions, rows)
@@ -71,8 +72,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _ahead(arguments: argparse.Namespace) -> int:
-    if arguments.against is not None:
-        raise UserError("--aot runs nothing, so there is nothing to hold --against it")
+    if arguments.against is not None or arguments.repeats is not None:
+        raise UserError("--aot runs nothing: it takes no --against and no --repeats")
     from keysync_jax.extras import needed_for
 
     with needed_for("keysync bench --aot"):
