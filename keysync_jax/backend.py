@@ -6,14 +6,15 @@ fewer bits unless they are told otherwise, so everything that computes networks 
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from keysync_jax.config import Dtype
+from keysync_jax.typing import Array
 
 PRECISIONS: dict[Dtype, str | None] = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": None}
 """JAX's name of the precision of products, by dtype; None: the device's own."""
@@ -51,6 +52,19 @@ def batch_shards() -> int:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+
+
+def on_shards(run: Callable[..., Array], *arrays: Array) -> Array:
+    """`run(*arrays)`, on every device with its part of the batch, which the arrays and the result begin with.
+
+    For kernels, which the compiler cannot split by itself.
+    """
+    if batch_shards() == 1:
+        return run(*arrays)
+    # The batch is split over all axes; no axis of the mesh is left for the compiler to use inside.
+    spec = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
+    split = jax.shard_map(run, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)
+    return split(*arrays)
 
 
 def axis_size(name: str) -> int:

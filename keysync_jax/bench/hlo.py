@@ -214,8 +214,8 @@ class Program:
     ) -> Cost:
         moved = [*self._read(inside, instruction), *self._written(instruction)]
         flop = sum(_flop(c, i) for c, i in inner if i.opcode in ("convolution", "dot"))
-        if "splash" in instruction.op_name and instruction.opcode == "custom-call":
-            flop += _splash_flop(inside, instruction)
+        if instruction.opcode == "custom-call":
+            flop += _kernel_flop(inside, instruction)
         return Cost(flop, sum(b for b, _ in moved), sum(b for b, in_hbm in moved if in_hbm))
 
     def _read(self, inside: Computation, instruction: Instruction) -> Iterator[tuple[float, bool]]:
@@ -239,10 +239,16 @@ class Program:
             (i for i in computation.instructions.values() if i.opcode == "parameter"
              and i.attributes.startswith(f"parameter({number})")), None
         )  # fmt: skip
-        users = computation.users(parameter.name) if parameter else []
         read = 0.0
-        for user in users:
-            if user.opcode in ("dynamic-slice", "slice", "gather"):
+        for user in computation.users(parameter.name) if parameter else []:
+            inner = self._target(user) if user.opcode == "fusion" else None
+            if inner is not None:
+                read += sum(
+                    self._read_in_fusion(inner, at, array)
+                    for at, operand in enumerate(user.operands)
+                    if parameter is not None and operand == parameter.name
+                )
+            elif user.opcode in ("dynamic-slice", "slice", "gather"):
                 read += sum(a.bytes for a in user.arrays)
             elif user.opcode == "dynamic-update-slice" and self._updates(computation, user, parameter):
                 continue
@@ -362,9 +368,14 @@ def _has_scope(names: list[str], scope: str) -> bool:
     return any(re.search(rf"(^|[/(]){scope}[/)]", name) for name in names)
 
 
-def _splash_flop(inside: Computation, kernel: Instruction) -> float:
-    """Two products of queries with keys forward, five backward; the kernel itself says nothing."""
+def _kernel_flop(inside: Computation, kernel: Instruction) -> float:
+    """Of an attention, which does not say: two products of queries with keys forward, five backward."""
     arrays = [a for o in kernel.operands if o in inside.instructions for a in inside.instructions[o].arrays]
+    if "frame_attention" in kernel.op_name:
+        _, frames, *_ = arrays[0].dims
+        return 2.0 * 2 * math.prod(arrays[0].dims) * frames
+    if "splash" not in kernel.op_name:
+        return 0.0
     (*batch, queries, width), (*_, keys, _) = [a.dims for a in arrays if len(a.dims) == 4][:2]
     products = 5 if "dkv" in kernel.op_name else 2
     return 2.0 * products * math.prod(batch) * queries * keys * width

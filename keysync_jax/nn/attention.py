@@ -4,7 +4,7 @@
 |---|---|---|
 | GPU, bf16 or fp16 | 1024 and more | cuDNN flash attention |
 | TPU, bf16 | 1024 and more, multiples of 128 | splash (`nn/splash.py`), blocks of up to 1024 x 1024 |
-| elsewhere | scores above `MAX_SCORE_BYTES` | XLA, a block of the queries at a time |
+| elsewhere | scores above `MAX_SCORE_BYTES`, of a CPU `CPU_SCORE_BYTES` | XLA, a block of queries at a time |
 | everywhere | the rest | XLA |
 """
 
@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from keysync_jax.backend import batch_shards, platform
+from keysync_jax.backend import batch_shards, on_shards, platform
 from keysync_jax.typing import Array
 
 LONG = 1024
@@ -24,6 +24,12 @@ CUDNN_WIDTH = 128
 
 MAX_SCORE_BYTES = 256 * 2**20
 """Scores (fp32) that a device may hold at once; above it the queries are walked in blocks."""
+
+CPU_SCORE_BYTES = 4 * 2**20
+"""The same of a CPU, whose caches hold as much; blocks have `CPU_QUERIES` queries or more."""
+
+CPU_QUERIES, CPU_KEYS = 16, 256
+"""The fewest queries of a block, and the fewest keys for which a CPU takes blocks."""
 
 
 @jax.named_scope("attention")
@@ -55,6 +61,27 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     return out.swapaxes(0, 1).reshape(query.shape)
 
 
+@jax.named_scope("attention")
+def attention_over_frames(query: Array, key: Array, value: Array, heads: int) -> Array:
+    """softmax(q k^T / sqrt(D)) v over the frames of every pixel.
+
+    Args:
+      query, key, value: `[B, T, N, C]`, the heads side by side in the channels.
+      heads: their number; D = C / heads.
+
+    Returns:
+      `[B, T, N, C]`, in the query's dtype; the softmax is taken in fp32.
+    """
+    b, t, n, c = query.shape
+    if platform() == "tpu" and query.dtype == jnp.bfloat16 and b % batch_shards() == 0:
+        from keysync_jax.nn.frame_attention import fits, frame_attention
+
+        if fits(n, c, heads):
+            return on_shards(partial(frame_attention, heads=heads), query, key, value)
+    q, k, v = (x.swapaxes(1, 2).reshape(b * n, t, heads, -1) for x in (query, key, value))
+    return attention(q, k, v).reshape(b, n, t, c).swapaxes(1, 2)
+
+
 _plain = partial(jax.nn.dot_product_attention, implementation="xla")
 
 
@@ -68,7 +95,10 @@ def _xla(query: Array, key: Array, value: Array) -> Array:
 def _queries_at_once(query: Array, key: Array) -> int:
     """The largest divisor of N whose scores fit in what each device of the batch may hold."""
     batch, n, heads, _ = query.shape
-    most = MAX_SCORE_BYTES * batch_shards() // (4 * batch * heads * key.shape[1])
+    keys, shards = key.shape[1], batch_shards()
+    most = MAX_SCORE_BYTES * shards // (4 * batch * heads * keys)
+    if platform() == "cpu" and keys >= CPU_KEYS:
+        most = min(most, max(CPU_SCORE_BYTES * shards // (4 * batch * heads * keys), CPU_QUERIES))
     return max(size for size in range(1, n + 1) if n % size == 0 and size <= max(most, 1))
 
 

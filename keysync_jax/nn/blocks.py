@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,6 +20,7 @@ from keysync_jax.nn.layers import (
     TimestepEmbedding,
     sinusoid,
 )
+from keysync_jax.nn.pieces import Place, frames_at_once, in_pieces, pays, pixels_at_once
 from keysync_jax.nn.remat import recomputed
 from keysync_jax.typing import Array
 
@@ -85,30 +87,49 @@ class SpatioTemporalResBlock(nnx.Module):
         self.spatial_res_block = ResnetBlock(in_dim, out_dim, embed_dim, epsilon=epsilon, **common)
         self.temporal_res_block = ResnetBlock(out_dim, out_dim, embed_dim, epsilon=1e-5, time=True, **common)
         self.time_mixer = AlphaBlender()
-        self.temporal_first = temporal_first
+        self.temporal_first, self.width = temporal_first, out_dim
 
     def __call__(self, x: Array, embedding: Array | None = None) -> Array:
         """`[B, T, H, W, C]` and `[B, T, E]` -> `[B, T, H, W, C']`."""
-        b, t, h, w, _ = x.shape
+        b, t, h, w, c = x.shape
+        x = x.reshape(b, t, h * w, c)
+        if embedding is None or not pays(x):
+            return self._in_time(self._in_space(x, (h, w), embedding), embedding).reshape(b, t, h, w, -1)
+
+        def some_frames(piece: Array, place: Place) -> Array:
+            own = jax.lax.dynamic_slice(embedding, (*place, 0), (1, piece.shape[1], embedding.shape[2]))
+            return self._in_space(piece, (h, w), own)
+
+        def a_window(piece: Array, place: Place) -> Array:
+            return self._in_time(piece, jax.lax.dynamic_index_in_dim(embedding, place[0]))
+
+        space = in_pieces(some_frames, x, frames_at_once(x, 1), h * w, self.width)
+        return in_pieces(a_window, space, t, h * w).reshape(b, t, h, w, -1)
+
+    def _in_space(self, x: Array, size: tuple[int, int], embedding: Array | None) -> Array:
+        b, t = x.shape[:2]
         per_frame = None if embedding is None else embedding.reshape(b * t, 1, 1, -1)
-        per_clip = None if embedding is None else embedding[:, :, None]
-        space = self.spatial_res_block(x.reshape(b * t, h, w, -1), per_frame).reshape(b, t, h * w, -1)
-        time = self.temporal_res_block(space, per_clip)
-        pair = (time, space) if self.temporal_first else (space, time)
-        return self.time_mixer(*pair).reshape(b, t, h, w, -1)
+        y = self.spatial_res_block(x.reshape(b * t, *size, -1), per_frame)
+        return y.reshape(b, t, size[0] * size[1], -1)
+
+    def _in_time(self, space: Array, embedding: Array | None) -> Array:
+        time = self.temporal_res_block(space, None if embedding is None else embedding[:, :, None])
+        return self.time_mixer(*((time, space) if self.temporal_first else (space, time)))
 
 
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, cross-attention, feed-forward, each after a layer norm and with a skip.
 
-    The temporal block has one more feed-forward before them.
+    Args:
+      time: attend to the frames of a pixel instead of the pixels of a frame; such a block has one more
+        feed-forward before the others.
     """
 
     def __init__(
-        self, dim: int, head_dim: int, context_dim: int, *, ff_in: bool = False, dtype: Any, rngs: nnx.Rngs
+        self, dim: int, head_dim: int, context_dim: int, *, time: bool = False, dtype: Any, rngs: nnx.Rngs
     ):
-        self.norm_in = LayerNorm(dim, dtype=dtype, rngs=rngs) if ff_in else None
-        self.ff_in = FeedForward(dim, dtype=dtype, rngs=rngs) if ff_in else None
+        self.norm_in = LayerNorm(dim, dtype=dtype, rngs=rngs) if time else None
+        self.ff_in = FeedForward(dim, dtype=dtype, rngs=rngs) if time else None
         self.norm1 = LayerNorm(dim, dtype=dtype, rngs=rngs)
         self.attn1 = Attention(dim, head_dim, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(dim, dtype=dtype, rngs=rngs)
@@ -116,34 +137,58 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(dim, dtype=dtype, rngs=rngs)
         self.ff = FeedForward(dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Array, key_value: KeyValue, windows: int, remat: bool = False) -> Array:
-        """`[B * R, N, D]` -> same; each of the B = `windows` windows has R rows of tokens.
+    def __call__(self, x: Array, key_value: KeyValue, remat: bool = False) -> Array:
+        """`[B, T, N, D]` -> same.
 
         `key_value` is of all windows or of the last ones; those before have zero audio. With `remat` the
         backward pass computes the inside of each layer again.
         """
+        silent = len(x) - len(key_value[0])
+
+        def cross(x: Array) -> Array:
+            heard = _layer(BasicTransformerBlock._cross_attention, self, remat)(x[silent:], key_value)
+            return heard if silent == 0 else jnp.concatenate([self._after_silence(x[:silent]), heard])
+
+        return self._layers(x, cross, remat)
+
+    def piece(self, x: Array, key_value: KeyValue, window: Array, windows: int) -> Array:
+        """A piece `[1, T, N, D]` of the B = `windows` windows, from the one of this number; as `__call__`."""
+        silent = windows - len(key_value[0])
+
+        def heard(x: Array) -> Array:
+            own = [jax.lax.dynamic_index_in_dim(a, window - silent) for a in key_value]
+            return self._cross_attention(x, (own[0], own[1]))
+
+        def cross(x: Array) -> Array:
+            return jax.lax.cond(window < silent, self._after_silence, heard, x) if silent else heard(x)
+
+        return self._layers(x, cross, remat=False)
+
+    def _layers(self, x: Array, cross: Callable[[Array], Array], remat: bool) -> Array:
         if self.ff_in is not None and self.norm_in is not None:
             x = x + _layer(lambda self, x: self.ff_in(self.norm_in(x)), self, remat)(x)
-        x = x + _layer(lambda self, x: self.attn1(self.norm1(x)), self, remat)(x)
-        silent = len(x) // windows * (windows - len(key_value[0]))
-        heard = _layer(BasicTransformerBlock._cross_attention, self, remat)(x[silent:], key_value)
-        x = x + (heard if silent == 0 else self._after_silence(heard, silent))
+        x = x + _layer(BasicTransformerBlock._self_attention, self, remat)(x)
+        x = x + cross(x)
         return x + _layer(lambda self, x: self.ff(self.norm3(x)), self, remat)(x)
 
+    def _self_attention(self, x: Array) -> Array:
+        hidden = self.norm1(x)
+        if self.ff_in is not None:
+            return self.attn1.over_frames(hidden)
+        return self.attn1(hidden.reshape(-1, *x.shape[2:])).reshape(x.shape)
+
     def _cross_attention(self, x: Array, key_value: KeyValue) -> Array:
-        windows = key_value[0].shape[0]
-        query = self.norm2(x).reshape(windows, -1, x.shape[-1])
+        query = self.norm2(x).reshape(len(x), -1, x.shape[-1])
         return self.attn2(query, key_value).reshape(x.shape)
 
-    def _after_silence(self, heard: Array, silent: int) -> Array:
-        """What cross-attention adds where the first rows have zero audio.
+    def _after_silence(self, x: Array) -> Array:
+        """What cross-attention adds to tokens of windows that have zero audio.
 
         Keys and values have no bias: of a zero vector they are zero, and the output's bias is what is left.
         """
         bias = self.attn2.to_out.bias
         assert bias is not None
-        nothing = jnp.broadcast_to(bias[...].astype(heard.dtype), (silent, *heard.shape[1:]))
-        return jnp.concatenate([nothing, heard])
+        return jnp.broadcast_to(bias[...].astype(x.dtype), x.shape)
 
 
 def _layer(call: Callable[..., Array], block: BasicTransformerBlock, remat: bool) -> Callable[..., Array]:
@@ -159,7 +204,7 @@ class TransformerSpatioTemporalModel(nnx.Module):
         block = (dim, head_dim, context_dim)
         self.transformer_blocks = nnx.List([BasicTransformerBlock(*block, dtype=dtype, rngs=rngs)])
         self.temporal_transformer_blocks = nnx.List(
-            [BasicTransformerBlock(*block, ff_in=True, dtype=dtype, rngs=rngs)]
+            [BasicTransformerBlock(*block, time=True, dtype=dtype, rngs=rngs)]
         )
         self.time_pos_embed = TimestepEmbedding(dim, 4 * dim, dim, dtype=dtype, rngs=rngs)
         self.time_mixer = AlphaBlender()
@@ -175,11 +220,25 @@ class TransformerSpatioTemporalModel(nnx.Module):
     def __call__(self, x: Array, key_value: tuple[KeyValue, KeyValue], remat: bool = False) -> Array:
         """`[B, T, H, W, C]` -> same; `key_value` and `remat` as `BasicTransformerBlock` takes them."""
         b, t, h, w, c = x.shape
-        hidden = self.norm(x.reshape(b * t, h, w, c)).reshape(b * t, h * w, c)
-        space = self.transformer_blocks[0](self.proj_in(hidden), key_value[0], b, remat)
-        space = space.reshape(b, t, h * w, c)
-        number = self.time_pos_embed(sinusoid(jnp.arange(t), c).astype(x.dtype))
-        time = (space + number[:, None]).swapaxes(1, 2).reshape(b * h * w, t, c)
-        time = self.temporal_transformer_blocks[0](time, key_value[1], b, remat)
-        time = time.reshape(b, h * w, t, c).swapaxes(1, 2)
-        return x + self.proj_out(self.time_mixer(space, time)).reshape(x.shape)
+        hidden = self.proj_in(self.norm(x.reshape(b * t, h, w, c)).reshape(b, t, h * w, c))
+        number = self.time_pos_embed(sinusoid(jnp.arange(t), c).astype(x.dtype))[:, None]
+        in_space, in_time = self.transformer_blocks[0], self.temporal_transformer_blocks[0]
+        if pays(hidden) and not remat:
+            space = in_pieces(
+                lambda piece, place: in_space.piece(piece, key_value[0], place[0], b),
+                hidden,
+                frames_at_once(hidden),
+                h * w,
+            )
+            mixed = in_pieces(
+                lambda piece, place: self.time_mixer(
+                    piece, in_time.piece(piece + number, key_value[1], place[0], b)
+                ),
+                space,
+                t,
+                pixels_at_once(space),
+            )
+        else:
+            space = in_space(hidden, key_value[0], remat)
+            mixed = self.time_mixer(space, in_time(space + number, key_value[1], remat))
+        return x + self.proj_out(mixed).reshape(x.shape)

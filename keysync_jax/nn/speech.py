@@ -10,13 +10,12 @@ fixed shapes (`pipeline.speech_stream`): the two places where the whole clip mat
 of the first convolution and the attention, are arguments of the methods beside them.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from keysync_jax.config import SpeechConfig
+from keysync_jax.nn.layers import gelu
 from keysync_jax.nn.relative_bias import block_bias, buckets
 from keysync_jax.typing import Array
 
@@ -24,8 +23,6 @@ EXACT = jax.lax.Precision.HIGHEST
 """Accelerators would multiply float32 in fewer bits; the encoder runs once a clip and need not."""
 
 CONV_NORM_EPS = 1e-5
-
-gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 def _linear(width_in: int, width_out: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:

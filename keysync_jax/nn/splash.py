@@ -1,5 +1,7 @@
 """Flash attention on TPU: JAX's splash kernel, with the shapes of this project's networks."""
 
+from functools import partial
+
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
@@ -7,9 +9,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     MultiHeadMask,
     make_splash_mha_single_device,
 )
-from jax.sharding import PartitionSpec
 
-from keysync_jax.backend import batch_shards
+from keysync_jax.backend import on_shards
 from keysync_jax.typing import Array
 
 LANES = 128
@@ -39,15 +40,7 @@ def splash_attention(query: Array, key: Array, value: Array, interpret: bool = F
     Returns:
       `[B, N, heads, D]` in the query's dtype; softmax and sums are in fp32.
     """
-
-    def run(query: Array, key: Array, value: Array) -> Array:
-        return _on_one_device(query, key, value, interpret)
-
-    if batch_shards() == 1:
-        return run(query, key, value)
-    # The batch is split over all axes; no axis of the mesh is left for the compiler to use inside.
-    spec = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
-    return jax.shard_map(run, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(query, key, value)
+    return on_shards(partial(_on_one_device, interpret=interpret), query, key, value)
 
 
 def _on_one_device(query: Array, key: Array, value: Array, interpret: bool) -> Array:

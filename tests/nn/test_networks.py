@@ -1,6 +1,7 @@
 """Full-size networks map one to one onto the reference's tensors; shapes alone, nothing is allocated."""
 
 import json
+import math
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from keysync_jax.bench.workloads import random_arrays
 from keysync_jax.config import StageConfig, UNetConfig, VAEConfig
@@ -19,6 +21,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.nn import attention as attention_module
 from keysync_jax.nn.attention import attention
 from keysync_jax.nn.functional import bind, init, shapes
+from keysync_jax.nn.layers import GroupNorm, gelu
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
 
@@ -139,3 +142,26 @@ def test_long_attention_block_by_block_is_the_same(monkeypatch: pytest.MonkeyPat
     assert "length=40" in str(jax.make_jaxpr(attention)(q, k, v))  # a scan over single queries
     np.testing.assert_allclose(attention(q, k, v), whole, atol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda q: (attention(q, k, v) ** 2).sum())(q), gradient, atol=1e-5)
+
+
+def test_a_cpu_keeps_the_scores_in_its_caches() -> None:
+    x = jax.ShapeDtypeStruct((14, 1024, 2, 32), "float32")
+    assert "length=32" in str(jax.make_jaxpr(attention)(x, x, x))  # blocks of 32 queries
+    x = jax.ShapeDtypeStruct((4096, 14, 5, 64), "float32")
+    assert "scan" not in str(jax.make_jaxpr(attention)(x, x, x))  # the frames of a pixel
+
+
+def test_group_norm_is_exact_where_the_mean_is_large() -> None:
+    x = np.random.default_rng(0).standard_normal((1, 256, 256, 64)).astype(np.float32) + 3
+    norm = GroupNorm(64, 32, epsilon=1e-5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    groups = x.reshape(1, -1, 32, 2).astype(np.float64)
+    wanted = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(norm(x), wanted.reshape(x.shape), atol=1e-5)
+    half = GroupNorm(64, 32, epsilon=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x.astype(jnp.bfloat16))
+    np.testing.assert_allclose(half.astype(np.float32), wanted.reshape(x.shape), atol=0.03)
+
+
+def test_gelu_is_the_exact_one() -> None:
+    x = np.linspace(-6, 6, 1001, dtype=np.float32)
+    wanted = [0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x.astype(np.float64)]
+    np.testing.assert_allclose(gelu(x), wanted, atol=1e-6)
