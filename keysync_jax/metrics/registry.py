@@ -120,7 +120,37 @@ def _lip_leak(runs: Runs) -> float:
     return lip_leak_of_stds(_column(runs["silent"], "mar_std"), _column(runs["dub"], "mar_std"))
 
 
-WEIGHTS: dict[str, Weights] = {}
+def _lsd(reference: str) -> Callable[[Runs], float]:
+    """LSD of a reference picture's two runs."""
+
+    def of(runs: Runs) -> float:
+        from keysync_jax.metrics.leakage import lip_sync_difference
+
+        matched, mismatched = (
+            [float(_column(runs[f"{reference}/{setup}"], name).mean()) for name in ("lse_c", "lse_d")]
+            for setup in ("matched", "mismatched")
+        )
+        return lip_sync_difference(matched, mismatched)
+
+    return of
+
+
+WEIGHTS: dict[str, Weights] = {
+    "syncnet": Weights(
+        "syncnet.safetensors",
+        "SyncNet's weights",
+        "get syncnet_v2.model at https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/ and "
+        "keysync convert --syncnet syncnet_v2.model -o WEIGHTS/syncnet.safetensors",
+        "none stated with the file; the code beside it is MIT-style",
+    ),
+    "light_asd": Weights(
+        "light_asd.safetensors",
+        "Light-ASD's weights",
+        "get weight/finetuning_TalkSet.model of https://github.com/Junhua-Liao/Light-ASD and "
+        "keysync convert --light-asd finetuning_TalkSet.model -o WEIGHTS/light_asd.safetensors",
+        "MIT",
+    ),
+}
 """Files that metrics need, by name."""
 
 
@@ -129,6 +159,12 @@ MEASURES: dict[str, Measure] = {
     "sharpness": Measure("pictures:open_sharpness", "cv2.Laplacian, kernel of size 1"),
     "mouth": Measure("landmarks:open_mouth", "MAR of 68 landmarks, keysync_jax, 1"),
     "lmd": Measure("landmarks:open_lmd", "LMD of 68 landmarks, keysync_jax, 1"),
+    "lip_sync": Measure(
+        "lip_sync:open_lip_sync", "SyncNet, face track of 68 landmarks, keysync_jax, 1", ("syncnet",)
+    ),
+    "speaking": Measure(
+        "speaking:open_speaking", "Light-ASD, face track of 68 landmarks, keysync_jax, 1", ("light_asd",)
+    ),
 }
 """Name -> what computes metrics of a clip."""
 
@@ -158,10 +194,29 @@ _METRICS = (
            "of it does: 20 times LMD", "lmd", ("landmarks", "truth_landmarks")),
     Metric("lmd_eyes", "LMD / eyes", "", "lower", "LMD over the mean distance of the truth's eye centres",
            "lmd", ("landmarks", "truth_landmarks")),
+    Metric("lse_c", "LSE-C", "", "higher", "SyncNet's confidence: median over 31 offsets of the mean "
+           "distance, less the smallest", "lip_sync", ("voice", "landmarks")),
+    Metric("lse_d", "LSE-D", "", "lower", "SyncNet's distance of lips and voice at the best offset",
+           "lip_sync", ("voice", "landmarks")),
+    Metric("av_offset", "AV offset", "frames", "zero", "frames of 40 ms by which the picture is late; none "
+           "below an LSE-C of 1.5", "lip_sync", ("voice", "landmarks")),
+    Metric("active_speaker", "active speaker", "", "higher", "Light-ASD's probability of speaking, mean of "
+           "frames and of pieces of 1 to 6 s", "speaking", ("voice", "landmarks")),
+    Metric("speaking_share", "speaking", "", "higher", "share of frames whose logit, averaged over 5, is not "
+           "negative", "speaking", ("voice", "landmarks")),
     Metric("lip_leak", "LipLeak", "", "lower", "mean std of MAR with silence / mean std of MAR with "
            "speech", "mouth", ("landmarks",), ("silent", "dub"), _lip_leak),
     Metric("lip_leak_lite", "LipLeak_lite", "", "lower", "share of frames with a MAR above 0.25 with "
            "silence, mean of clips", "mouth", ("landmarks",), ("silent",), _mean("silent", "mar_open")),
+    Metric("lse_c_s", "LSE-C_S", "", "lower", "LSE-C of dubs with silence against the source's own voice",
+           "lip_sync", ("voice", "landmarks"), ("current/silent",), _mean("current/silent", "lse_c")),
+    Metric("lse_d_s", "LSE-D_S", "", "higher", "LSE-D of dubs with silence against the source's own voice",
+           "lip_sync", ("voice", "landmarks"), ("current/silent",), _mean("current/silent", "lse_d")),
+    Metric("lsd_cr", "LSD-CR", "", "lower", "0.5 (|ΔLSE-C| + |ΔLSE-D|) of the means with the own and with "
+           "foreign voices, current frame as reference", "lip_sync", ("voice", "landmarks"),
+           ("current/matched", "current/mismatched"), _lsd("current")),
+    Metric("lsd_ar", "LSD-AR", "", "lower", "the same with another frame as reference", "lip_sync",
+           ("voice", "landmarks"), ("alternative/matched", "alternative/mismatched"), _lsd("alternative")),
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}

@@ -1,0 +1,148 @@
+"""Networks that judge clips: their published checkpoints to files of ours, and these loaded.
+
+A file of ours is one safetensors file that says which network it is of. The checkpoints are the user's to
+get, docs/metrics.md says where.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from keysync_jax.convert.containers import Tensors, open_tensors
+from keysync_jax.convert.table import (
+    BATCHES,
+    CONV1X1,
+    CONV2D,
+    CONV3D,
+    CONV_SPACE,
+    CONV_TIME,
+    LINEAR,
+    Op,
+    Row,
+    Table,
+    affine,
+    batch_norm,
+)
+from keysync_jax.errors import UserError
+from keysync_jax.files import sha256_of
+from keysync_jax.model import Network
+from keysync_jax.nn.functional import Make, shapes
+from keysync_jax.nn.light_asd import KERNELS, WIDTHS, make_light_asd
+from keysync_jax.nn.syncnet import make_syncnet
+from keysync_jax.tensorfile import TensorFile, write_tensors
+
+ScorerKind = Literal["syncnet", "light-asd"]
+
+NETWORK = "network"
+"""What a file's metadata calls the network that it is of."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A network that judges clips.
+
+    Attributes:
+      title: its name.
+      make: builds its module.
+      table: the rows of a checkpoint, whose layout its keys tell.
+    """
+
+    title: str
+    make: Make
+    table: Callable[[Tensors], Table]
+
+
+_CONVS = (0, 4, 8, 11, 14, 18)
+"""Where SyncNet's convolutions are in both of its sequences; a normalisation follows each."""
+
+
+def syncnet_table(_: Mapping[str, np.ndarray] | None = None) -> Table:
+    """The plain state dict of `syncnet_v2.model`."""
+    rows: list[Row] = []
+    for i, index in enumerate(_CONVS):
+        of_lips = CONV3D if i == 0 else CONV_SPACE
+        rows += affine(f"netcnnlip.{index}", f"lip_convs.{i}.conv", of_lips)
+        rows += batch_norm(f"netcnnlip.{index + 1}", f"lip_convs.{i}.norm")
+        rows += affine(f"netcnnaud.{index}", f"voice_convs.{i}.conv", CONV2D)
+        rows += batch_norm(f"netcnnaud.{index + 1}", f"voice_convs.{i}.norm")
+    for theirs, ours in (("netfclip", "lip_out"), ("netfcaud", "voice_out")):
+        rows += affine(f"{theirs}.0", f"{ours}.hidden")
+        rows += batch_norm(f"{theirs}.1", f"{ours}.norm")
+        rows += affine(f"{theirs}.3", f"{ours}.out")
+    return Table(rows, ignore=(BATCHES,))
+
+
+_POINTWISE_3D = Op((1, 0), drop=(2, 3, 4))
+"""A 1x1x1 convolution that we write as a linear map, [out, in, 1, 1, 1] -> [in, out]."""
+
+
+def light_asd_table(_: Mapping[str, np.ndarray] | None = None) -> Table:
+    """The state dict of Light-ASD's training; the visual stream's own classifier is not used."""
+    rows: list[Row] = []
+    for i in range(len(WIDTHS)):
+        streams = (
+            ("audioEncoder", "audio_blocks", ("m", CONV2D), ("t", CONV2D), CONV1X1),
+            ("visualEncoder", "visual_blocks", ("s", CONV_SPACE), ("t", CONV_TIME), _POINTWISE_3D),
+        )
+        for theirs, ours, first, second, pointwise in streams:
+            block, path = f"model.{theirs}.block{i + 1}", f"{ours}.{i}"
+            for j, size in enumerate(KERNELS):
+                for (letter, op), name in ((first, "first"), (second, "second")):
+                    branch = f"{path}.branches.{j}.{name}"
+                    rows += affine(f"{block}.{letter}_{size}", branch, op, bias=False)
+                    rows += batch_norm(f"{block}.bn_{letter}_{size}", f"{branch}_norm")
+            rows += affine(f"{block}.last", f"{path}.last", pointwise, bias=False)
+            rows += batch_norm(f"{block}.bn_last", f"{path}.last_norm")
+    for theirs, ours in (("gru_forward", "forwards"), ("gru_backward", "backwards")):
+        for letters, part in (("ih", "input"), ("hh", "hidden")):
+            rows.append(Row(f"model.GRU.{theirs}.weight_{letters}_l0", f"{ours}.{part}.kernel", LINEAR))
+            rows.append(Row(f"model.GRU.{theirs}.bias_{letters}_l0", f"{ours}.{part}.bias"))
+    rows += affine("lossAV.FC", "classes")
+    return Table(rows, ignore=(BATCHES, r"lossV\."))
+
+
+SCORERS: Mapping[ScorerKind, Scorer] = {
+    "syncnet": Scorer("SyncNet", make_syncnet, syncnet_table),
+    "light-asd": Scorer("Light-ASD", make_light_asd, light_asd_table),
+}
+
+
+def convert_scorer(kind: ScorerKind, checkpoint: str | Path, output: str | Path) -> None:
+    """Writes a network's checkpoint as a file of ours.
+
+    Args:
+      checkpoint: as it is published, in any container that `open_tensors` reads.
+      output: the `.safetensors` file; one that is there is replaced.
+
+    Raises:
+      UserError: the checkpoint cannot be read, a tensor is missing, surplus or of another shape, or the file
+        cannot be written.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise UserError(f"{output}: weights of {SCORERS[kind].title} are written as a .safetensors file")
+    tensors = open_tensors(checkpoint)
+    wanted = {path: leaf.shape for path, leaf in shapes(SCORERS[kind].make)[1].items()}
+    params = SCORERS[kind].table(tensors).to_jax(tensors, wanted, str(checkpoint))
+    described = {NETWORK: kind, "converted_from": Path(checkpoint).name, "sha256": sha256_of(checkpoint)}
+    write_tensors(output, params, described)
+
+
+def load_scorer(kind: ScorerKind, path: str | Path) -> Network:
+    """Loads a file of `convert_scorer`, in fp32.
+
+    Raises:
+      UserError: it cannot be read, or is another network's.
+    """
+    file = TensorFile(path)
+    graphdef, abstract = shapes(SCORERS[kind].make)
+    if file.metadata.get(NETWORK) != kind or file.shapes != {p: x.shape for p, x in abstract.items()}:
+        known = " or ".join(get_args(ScorerKind))
+        found = file.metadata.get(NETWORK)
+        said = f"those of {found}" if found in SCORERS else f"no weights that convert wrote ({known})"
+        raise UserError(f"{path}: the weights of {SCORERS[kind].title} are needed here, it holds {said}")
+    return Network(graphdef, {p: jnp.asarray(x, jnp.float32) for p, x in file.items()})
