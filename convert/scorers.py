@@ -4,17 +4,19 @@ A file of ours is one safetensors file that says which network it is of. The che
 get, docs/metrics.md says where.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from keysync_jax.convert.containers import Tensors, open_tensors
 from keysync_jax.convert.table import (
     BATCHES,
+    CONV1D,
     CONV1X1,
     CONV2D,
     CONV3D,
@@ -26,16 +28,19 @@ from keysync_jax.convert.table import (
     Table,
     affine,
     batch_norm,
+    norm,
+    under,
 )
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
 from keysync_jax.model import Network
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.nn.light_asd import KERNELS, WIDTHS, make_light_asd
+from keysync_jax.nn.lip_reader import LipReaderConfig, make_lip_reader
 from keysync_jax.nn.syncnet import make_syncnet
 from keysync_jax.tensorfile import TensorFile, write_tensors
 
-ScorerKind = Literal["syncnet", "light-asd"]
+ScorerKind = Literal["syncnet", "light-asd", "lip-reader"]
 
 NETWORK = "network"
 """What a file's metadata calls the network that it is of."""
@@ -105,9 +110,59 @@ def light_asd_table(_: Mapping[str, np.ndarray] | None = None) -> Table:
     return Table(rows, ignore=(BATCHES, r"lossV\."))
 
 
+_POINTWISE_1D = Op((1, 0), drop=(2,))
+"""A convolution of one tap that we write as a linear map, [out, in, 1] -> [in, out]."""
+
+
+def lip_reader_table(config: LipReaderConfig, keys: Collection[str]) -> Table:
+    """The encoder in a checkpoint of Auto-AVSR; its decoder and CTC are not used.
+
+    Two layouts are known, told by `keys`: that of the repository, and the one before it, which KeySync's
+    LipScore reads, with front end and projection below `encoder`.
+    """
+    old = any(key.startswith("encoder.frontend.") for key in keys)
+    frontend = "encoder.frontend" if old else "frontend"
+    rows = affine(f"{frontend}.frontend3D.0", "frontend.conv", CONV3D, bias=False)
+    rows += batch_norm(f"{frontend}.frontend3D.1", "frontend.norm")
+    dim = config.stem
+    for stage, width in enumerate(config.trunk):
+        for i in range(2):
+            block, path = f"{frontend}.trunk.layer{stage + 1}.{i}", f"frontend.blocks.{2 * stage + i}"
+            for part in ("1", "2"):
+                rows += affine(f"{block}.conv{part}", f"{path}.conv{part}", CONV2D, bias=False)
+                rows += batch_norm(f"{block}.bn{part}", f"{path}.bn{part}")
+            if i == 0 and (stage or dim != width):
+                rows += affine(f"{block}.downsample.0", f"{path}.shortcut", CONV2D, bias=False)
+                rows += batch_norm(f"{block}.downsample.1", f"{path}.shortcut_bn")
+    rows += affine("encoder.embed.0" if old else "proj_encoder", "proj_encoder")
+    for i in range(config.layers):
+        rows += under(f"encoder.encoders.{i}.", f"encoders.{i}.", _conformer_rows())
+    return Table([*rows, *norm("encoder.after_norm", "after_norm")], ignore=(BATCHES, r"decoder\.", r"ctc\."))
+
+
+def _conformer_rows() -> list[Row]:
+    rows: list[Row] = []
+    for part in ("norm_ff_macaron", "norm_mha", "norm_conv", "norm_ff", "norm_final"):
+        rows += norm(part, part)
+    for part in ("feed_forward_macaron", "feed_forward"):
+        rows += [*affine(f"{part}.w_1", f"{part}.w_1"), *affine(f"{part}.w_2", f"{part}.w_2")]
+    for part in ("linear_q", "linear_k", "linear_v", "linear_out", "linear_pos"):
+        rows += affine(f"self_attn.{part}", f"self_attn.{part}", bias=part != "linear_pos")
+    rows += [Row(f"self_attn.{part}", f"self_attn.{part}") for part in ("pos_bias_u", "pos_bias_v")]
+    for part in ("pointwise_cov1", "pointwise_cov2"):
+        rows += affine(f"conv_module.{part}", f"conv_module.{part}", _POINTWISE_1D)
+    rows += affine("conv_module.depthwise_conv", "conv_module.depthwise_conv", CONV1D)
+    return [*rows, *batch_norm("conv_module.norm", "conv_module.norm")]
+
+
 SCORERS: Mapping[ScorerKind, Scorer] = {
     "syncnet": Scorer("SyncNet", make_syncnet, syncnet_table),
     "light-asd": Scorer("Light-ASD", make_light_asd, light_asd_table),
+    "lip-reader": Scorer(
+        "LipScore's encoder",
+        make_lip_reader,
+        lambda tensors: lip_reader_table(LipReaderConfig(), tensors.keys()),
+    ),
 }
 
 
@@ -126,10 +181,16 @@ def convert_scorer(kind: ScorerKind, checkpoint: str | Path, output: str | Path)
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: weights of {SCORERS[kind].title} are written as a .safetensors file")
     tensors = open_tensors(checkpoint)
-    wanted = {path: leaf.shape for path, leaf in shapes(SCORERS[kind].make)[1].items()}
+    _, wanted = scorer_shapes(kind)
     params = SCORERS[kind].table(tensors).to_jax(tensors, wanted, str(checkpoint))
     described = {NETWORK: kind, "converted_from": Path(checkpoint).name, "sha256": sha256_of(checkpoint)}
     write_tensors(output, params, described)
+
+
+def scorer_shapes(kind: ScorerKind) -> tuple[nnx.GraphDef, dict[str, tuple[int, ...]]]:
+    """Graph of a network, and the shape of each parameter."""
+    graphdef, abstract = shapes(SCORERS[kind].make)
+    return graphdef, {path: leaf.shape for path, leaf in abstract.items()}
 
 
 def load_scorer(kind: ScorerKind, path: str | Path) -> Network:
@@ -139,8 +200,8 @@ def load_scorer(kind: ScorerKind, path: str | Path) -> Network:
       UserError: it cannot be read, or is another network's.
     """
     file = TensorFile(path)
-    graphdef, abstract = shapes(SCORERS[kind].make)
-    if file.metadata.get(NETWORK) != kind or file.shapes != {p: x.shape for p, x in abstract.items()}:
+    graphdef, wanted = scorer_shapes(kind)
+    if file.metadata.get(NETWORK) != kind or file.shapes != wanted:
         known = " or ".join(get_args(ScorerKind))
         found = file.metadata.get(NETWORK)
         said = f"those of {found}" if found in SCORERS else f"no weights that convert wrote ({known})"

@@ -35,14 +35,27 @@ def face_boxes(landmarks: np.ndarray) -> np.ndarray:
       ValueError: no frame has a face.
     """
     points = np.asarray(landmarks, np.float64)
-    seen = np.flatnonzero(np.isfinite(points).all(axis=(1, 2)))
+    low, high = points.min(axis=1), points.max(axis=1)
+    low[:, 1] -= FOREHEAD * (high - low)[:, 1]
+    return without_gaps(np.concatenate([low, high], axis=1))
+
+
+def without_gaps(track: np.ndarray) -> np.ndarray:
+    """A track over time with its NaN rows between their neighbours, and beyond them as the nearest: float64.
+
+    Args:
+      track: `[T, ...]`.
+
+    Raises:
+      ValueError: no row is whole.
+    """
+    rows = np.asarray(track, np.float64).reshape(len(track), -1)
+    seen = np.flatnonzero(np.isfinite(rows).all(axis=1))
     if not len(seen):
         raise ValueError("no frame has a face")
-    low, high = points[seen].min(axis=1), points[seen].max(axis=1)
-    low[:, 1] -= FOREHEAD * (high - low)[:, 1]
-    boxes = np.concatenate([low, high], axis=1)
-    every = np.arange(len(points))
-    return np.stack([np.interp(every, seen, column) for column in boxes.T], axis=1)
+    every = np.arange(len(rows))
+    filled = [np.interp(every, seen, column) for column in rows[seen].T]
+    return np.stack(filled, axis=1).reshape(np.shape(track))
 
 
 def face_track(boxes: np.ndarray) -> np.ndarray:

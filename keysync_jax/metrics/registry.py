@@ -150,6 +150,13 @@ WEIGHTS: dict[str, Weights] = {
         "keysync convert --light-asd finetuning_TalkSet.model -o WEIGHTS/light_asd.safetensors",
         "MIT",
     ),
+    "lip_reader": Weights(
+        "lip_reader.safetensors",
+        "LipScore's encoder",
+        "get vsr_trlrs2lrs3vox2avsp_base.pth of the model zoo of https://github.com/mpc001/auto_avsr and "
+        "keysync convert --lip-reader vsr_trlrs2lrs3vox2avsp_base.pth -o WEIGHTS/lip_reader.safetensors",
+        "those of its training data, LRS2 and LRS3: research",
+    ),
 }
 """Files that metrics need, by name."""
 
@@ -164,6 +171,11 @@ MEASURES: dict[str, Measure] = {
     ),
     "speaking": Measure(
         "speaking:open_speaking", "Light-ASD, face track of 68 landmarks, keysync_jax, 1", ("light_asd",)
+    ),
+    "lip_score": Measure(
+        "lip_score:open_lip_score",
+        "Auto-AVSR's encoder, crop of 68 landmarks, keysync_jax, 1",
+        ("lip_reader",),
     ),
 }
 """Name -> what computes metrics of a clip."""
@@ -200,6 +212,8 @@ _METRICS = (
            "lip_sync", ("voice", "landmarks")),
     Metric("av_offset", "AV offset", "frames", "zero", "frames of 40 ms by which the picture is late; none "
            "below an LSE-C of 1.5", "lip_sync", ("voice", "landmarks")),
+    Metric("lip_score", "LipScore", "", "higher", "cosine of a lip reader's features of the output and of "
+           "the video whose voice drives, mean of frames", "lip_score", ("landmarks", "speaker")),
     Metric("active_speaker", "active speaker", "", "higher", "Light-ASD's probability of speaking, mean of "
            "frames and of pieces of 1 to 6 s", "speaking", ("voice", "landmarks")),
     Metric("speaking_share", "speaking", "", "higher", "share of frames whose logit, averaged over 5, is not "
