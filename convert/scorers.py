@@ -4,6 +4,7 @@ A file of ours is one safetensors file that says which network it is of. The che
 get, docs/metrics.md says where.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from keysync_jax.convert.containers import Tensors, open_tensors
+from keysync_jax.convert.sources import gather
 from keysync_jax.convert.table import (
     BATCHES,
     CONV1D,
@@ -32,13 +34,15 @@ from keysync_jax.convert.table import (
     under,
 )
 from keysync_jax.errors import UserError
-from keysync_jax.files import sha256_of
+from keysync_jax.hub import Say
 from keysync_jax.model import Network
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.nn.light_asd import KERNELS, WIDTHS, make_light_asd
 from keysync_jax.nn.lip_reader import LipReaderConfig, make_lip_reader
 from keysync_jax.nn.syncnet import make_syncnet
 from keysync_jax.tensorfile import TensorFile, write_tensors
+
+log = logging.getLogger(__name__)
 
 ScorerKind = Literal["syncnet", "light-asd", "lip-reader"]
 
@@ -166,12 +170,20 @@ SCORERS: Mapping[ScorerKind, Scorer] = {
 }
 
 
-def convert_scorer(kind: ScorerKind, checkpoint: str | Path, output: str | Path) -> None:
+def convert_scorer(
+    kind: ScorerKind,
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    allow_download: bool = False,
+    say: Say = log.info,
+) -> None:
     """Writes a network's checkpoint as a file of ours.
 
     Args:
-      checkpoint: as it is published, in any container that `open_tensors` reads.
+      checkpoint: as it is published, in any container that `open_tensors` reads; it may be on the hub.
       output: the `.safetensors` file; one that is there is replaced.
+      allow_download, say: as `convert.checkpoint.convert` takes them.
 
     Raises:
       UserError: the checkpoint cannot be read, a tensor is missing, surplus or of another shape, or the file
@@ -180,11 +192,11 @@ def convert_scorer(kind: ScorerKind, checkpoint: str | Path, output: str | Path)
     output = Path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"{output}: weights of {SCORERS[kind].title} are written as a .safetensors file")
-    tensors = open_tensors(checkpoint)
+    source = gather({kind: checkpoint}, allow_download, say)[kind]
+    tensors = open_tensors(source.path)
     _, wanted = scorer_shapes(kind)
     params = SCORERS[kind].table(tensors).to_jax(tensors, wanted, str(checkpoint))
-    described = {NETWORK: kind, "converted_from": Path(checkpoint).name, "sha256": sha256_of(checkpoint)}
-    write_tensors(output, params, described)
+    write_tensors(output, params, {NETWORK: kind, "converted_from": source.provenance()})
 
 
 def scorer_shapes(kind: ScorerKind) -> tuple[nnx.GraphDef, dict[str, tuple[int, ...]]]:

@@ -27,6 +27,7 @@ import keysync_jax
 from keysync_jax.extras import EXTRAS
 from keysync_jax.files import sha256_once
 from keysync_jax.metrics.meter import NEEDS, Found, Meter, Moment, Need, Record, Start, Subject, Unavailable
+from keysync_jax.tensorfile import TensorFile
 
 Better = Literal["higher", "lower", "zero", "reference"]
 """Which numbers are good: "zero" is best at 0, worse to both sides; "reference" at the real video's own."""
@@ -272,6 +273,8 @@ def provenance(metric: str, weights: Path | None = None) -> dict[str, str]:
             file = weights / WEIGHTS[name].file
             if file.is_file():
                 found[file.name] = sha256_once(file)
+                if file.suffix == ".safetensors":
+                    found[f"{file.name} is of"] = TensorFile(file).metadata.get("converted_from", "")
     if measure.noncommercial:
         found["licence"] = "non-commercial use only"
     return found

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keysync_jax.cli import main
 from keysync_jax.convert.scorers import convert_scorer, load_scorer, syncnet_table
 from keysync_jax.errors import UserError
 from keysync_jax.media.mfcc import mfcc, to_int16
@@ -170,3 +171,17 @@ def test_weights_of_something_else_are_refused(golden: Path, weights: Path, tmp_
     with pytest.raises(UserError, match=r"are written as a .safetensors file"):
         convert_scorer("syncnet", weights / "original.safetensors", tmp_path / "made.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["less.safetensors"]
+
+
+def test_the_command_converts_one_network_alone(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, made = str(weights / "original.safetensors"), tmp_path / "made.safetensors"
+    assert main(["convert", "--syncnet", original, "-o", str(made)]) == 0
+    assert made.read_bytes() == (weights / "syncnet.safetensors").read_bytes()
+    for more in (["--light-asd", original], ["--vae", original], ["--released"]):
+        assert main(["convert", "--syncnet", original, *more, "-o", str(tmp_path / "no.safetensors")]) == 2
+        assert "convert takes --syncnet alone" in capsys.readouterr().err
+    assert main(["convert", "--light-asd", original, "-o", str(tmp_path / "no.safetensors")]) == 2
+    assert "tensor 'model.audioEncoder.block1.m_3.weight' is missing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [made]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from keysync_jax.backend import computing
+from keysync_jax.cli import main
 from keysync_jax.convert.containers import open_tensors
-from keysync_jax.convert.scorers import convert_scorer, light_asd_table, load_scorer
+from keysync_jax.convert.scorers import light_asd_table, load_scorer
 from keysync_jax.metrics.meter import Moment, Subject
 from keysync_jax.metrics.registry import Bench
 from keysync_jax.nn import functional as F
@@ -26,7 +27,9 @@ def weights(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not checkpoint.is_file():
         pytest.skip("Light-ASD's weights are not here")
     folder = tmp_path_factory.mktemp("weights")
-    convert_scorer("light-asd", checkpoint, folder / "light_asd.safetensors")
+    output = folder / "light_asd.safetensors"
+    assert main(["convert", "--light-asd", str(checkpoint), "-o", str(output)]) == 0
+    assert TensorFile(output).metadata["converted_from"].startswith("finetuning_TalkSet.model sha256:")
     return folder
 
 
