@@ -14,228 +14,18 @@ has the definitions and the choices that are ours.
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 import keysync_jax
-from keysync_jax.extras import EXTRAS
 from keysync_jax.files import sha256_once
-from keysync_jax.metrics.meter import NEEDS, Found, Meter, Moment, Need, Record, Start, Subject, Unavailable
+from keysync_jax.metrics.catalogue import MEASURES, METRICS, WEIGHTS, Measure, Metric, Runs
+from keysync_jax.metrics.meter import NEEDS, Found, Meter, Moment, Record, Start, Subject, Unavailable
 from keysync_jax.tensorfile import TensorFile
-
-Better = Literal["higher", "lower", "zero", "reference"]
-"""Which numbers are good: "zero" is best at 0, worse to both sides; "reference" at the real video's own."""
-
-Runs = Mapping[str, Sequence[Record]]
-"""Run -> the records of its clips, in one order for all runs."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A file that the user brings, in the folder of the weights.
-
-    Attributes:
-      file: its name there.
-      what: it is.
-      get: how to get it, the end of a sentence.
-      terms: its licence, or what is known of it.
-    """
-
-    file: str
-    what: str
-    get: str
-    terms: str
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Computes metrics of one clip, all of them together.
-
-    Attributes:
-      opens: "module:function" below `keysync_jax.metrics`, a `meter.Open`; imported when it is first used.
-      computed_by: network or formula, with its version.
-      weights: names of `WEIGHTS`.
-      packages: modules that it imports beside the project's own.
-      noncommercial: whether a licence of these forbids commercial use; reports say so.
-    """
-
-    opens: str
-    computed_by: str
-    weights: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ()
-    noncommercial: bool = False
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number of a clip or, where `runs` are named, of sets of clips.
-
-    Attributes:
-      name: key of the results.
-      title: as tables head it.
-      unit: "dB", "px", ...; empty for a number without one.
-      better: which numbers are good.
-      what: its definition in a line.
-      measure: what computes it, of `MEASURES`.
-      needs: what a clip must bring beside the output's frames.
-      runs: names of the runs that a metric of sets is made of; empty for one of a clip.
-      combine: the number of those runs; None for a metric of a clip. It takes the records of any choice of
-        clips, so it can be bootstrapped, and raises ValueError where one lacks what it needs.
-      resampling: how a metric of sets may be resampled: "bootstrap", or "halves" where drawing clips more
-        than once would bias it (distances of distributions).
-    """
-
-    name: str
-    title: str
-    unit: str
-    better: Better
-    what: str
-    measure: str
-    needs: tuple[Need, ...] = ()
-    runs: tuple[str, ...] = ()
-    combine: Callable[[Runs], float] | None = None
-    resampling: Literal["bootstrap", "halves"] = "bootstrap"
-
-
-def _mean(run: str, name: str) -> Callable[[Runs], float]:
-    """The mean over a run's clips of a metric of clips."""
-    return lambda runs: float(np.mean(_column(runs[run], name)))
-
-
-def _column(records: Sequence[Record], name: str) -> np.ndarray:
-    """A metric of clips, float64 `[clips]`."""
-    if not records or not all(name in record.values for record in records):
-        raise ValueError(f"every clip needs its {name}")
-    return np.array([record.values[name] for record in records])
-
-
-def _lip_leak(runs: Runs) -> float:
-    from keysync_jax.metrics.leakage import lip_leak_of_stds
-
-    return lip_leak_of_stds(_column(runs["silent"], "mar_std"), _column(runs["dub"], "mar_std"))
-
-
-def _lsd(reference: str) -> Callable[[Runs], float]:
-    """LSD of a reference picture's two runs."""
-
-    def of(runs: Runs) -> float:
-        from keysync_jax.metrics.leakage import lip_sync_difference
-
-        matched, mismatched = (
-            [float(_column(runs[f"{reference}/{setup}"], name).mean()) for name in ("lse_c", "lse_d")]
-            for setup in ("matched", "mismatched")
-        )
-        return lip_sync_difference(matched, mismatched)
-
-    return of
-
-
-WEIGHTS: dict[str, Weights] = {
-    "syncnet": Weights(
-        "syncnet.safetensors",
-        "SyncNet's weights",
-        "get syncnet_v2.model at https://www.robots.ox.ac.uk/~vgg/software/lipsync/data/ and "
-        "keysync convert --syncnet syncnet_v2.model -o WEIGHTS/syncnet.safetensors",
-        "none stated with the file; the code beside it is MIT-style",
-    ),
-    "light_asd": Weights(
-        "light_asd.safetensors",
-        "Light-ASD's weights",
-        "get weight/finetuning_TalkSet.model of https://github.com/Junhua-Liao/Light-ASD and "
-        "keysync convert --light-asd finetuning_TalkSet.model -o WEIGHTS/light_asd.safetensors",
-        "MIT",
-    ),
-    "lip_reader": Weights(
-        "lip_reader.safetensors",
-        "LipScore's encoder",
-        "get vsr_trlrs2lrs3vox2avsp_base.pth of the model zoo of https://github.com/mpc001/auto_avsr and "
-        "keysync convert --lip-reader vsr_trlrs2lrs3vox2avsp_base.pth -o WEIGHTS/lip_reader.safetensors",
-        "those of its training data, LRS2 and LRS3: research",
-    ),
-}
-"""Files that metrics need, by name."""
-
-
-MEASURES: dict[str, Measure] = {
-    "pictures": Measure("pictures:open_pictures", "PSNR and SSIM of keysync_jax, 1"),
-    "sharpness": Measure("pictures:open_sharpness", "cv2.Laplacian, kernel of size 1"),
-    "mouth": Measure("landmarks:open_mouth", "MAR of 68 landmarks, keysync_jax, 1"),
-    "lmd": Measure("landmarks:open_lmd", "LMD of 68 landmarks, keysync_jax, 1"),
-    "lip_sync": Measure(
-        "lip_sync:open_lip_sync", "SyncNet, face track of 68 landmarks, keysync_jax, 1", ("syncnet",)
-    ),
-    "speaking": Measure(
-        "speaking:open_speaking", "Light-ASD, face track of 68 landmarks, keysync_jax, 1", ("light_asd",)
-    ),
-    "lip_score": Measure(
-        "lip_score:open_lip_score",
-        "Auto-AVSR's encoder, crop of 68 landmarks, keysync_jax, 1",
-        ("lip_reader",),
-    ),
-}
-"""Name -> what computes metrics of a clip."""
-
-
-_METRICS = (
-    Metric("psnr", "PSNR", "dB", "higher", "10 log10(255² / mean squared error), pooled over the clip's "
-           "frames and pixels; infinite for equal pictures", "pictures", ("truth",)),
-    Metric("psnr_inside", "PSNR inside", "dB", "higher", "PSNR of the repainted pixels",
-           "pictures", ("truth", "mask")),
-    Metric("psnr_outside", "PSNR outside", "dB", "higher", "PSNR of the other pixels against the source",
-           "pictures", ("source", "mask")),
-    Metric("ssim", "SSIM", "", "higher", "structural similarity, RGB, range 255, Gaussian window of 11 with "
-           "sigma 1.5, mean of frames", "pictures", ("truth",)),
-    Metric("ssim_inside", "SSIM inside", "", "higher", "mean of SSIM's map over the repainted pixels",
-           "pictures", ("truth", "mask")),
-    Metric("ssim_outside", "SSIM outside", "", "higher", "mean of SSIM's map over the other pixels, against "
-           "the source", "pictures", ("source", "mask")),
-    Metric("vl", "VL", "grey²", "reference", "variance of the Laplacian of grey frames, mean of frames",
-           "sharpness"),
-    Metric("mar_std", "MAR std", "", "reference", "standard deviation over time of the mouth aspect ratio of "
-           "the inner lips", "mouth", ("landmarks",)),
-    Metric("mar_open", "open mouth", "", "reference", "share of frames with a MAR above 0.25",
-           "mouth", ("landmarks",)),
-    Metric("lmd", "LMD", "px", "lower", "mean distance of the 20 mouth landmarks from the truth's, both "
-           "about their own mean", "lmd", ("landmarks", "truth_landmarks")),
-    Metric("lmd_sum", "LMD (ATVGnet)", "px", "lower", "LMD with the 20 distances summed, as the first code "
-           "of it does: 20 times LMD", "lmd", ("landmarks", "truth_landmarks")),
-    Metric("lmd_eyes", "LMD / eyes", "", "lower", "LMD over the mean distance of the truth's eye centres",
-           "lmd", ("landmarks", "truth_landmarks")),
-    Metric("lse_c", "LSE-C", "", "higher", "SyncNet's confidence: median over 31 offsets of the mean "
-           "distance, less the smallest", "lip_sync", ("voice", "landmarks")),
-    Metric("lse_d", "LSE-D", "", "lower", "SyncNet's distance of lips and voice at the best offset",
-           "lip_sync", ("voice", "landmarks")),
-    Metric("av_offset", "AV offset", "frames", "zero", "frames of 40 ms by which the picture is late; none "
-           "below an LSE-C of 1.5", "lip_sync", ("voice", "landmarks")),
-    Metric("lip_score", "LipScore", "", "higher", "cosine of a lip reader's features of the output and of "
-           "the video whose voice drives, mean of frames", "lip_score", ("landmarks", "speaker")),
-    Metric("active_speaker", "active speaker", "", "higher", "Light-ASD's probability of speaking, mean of "
-           "frames and of pieces of 1 to 6 s", "speaking", ("voice", "landmarks")),
-    Metric("speaking_share", "speaking", "", "higher", "share of frames whose logit, averaged over 5, is not "
-           "negative", "speaking", ("voice", "landmarks")),
-    Metric("lip_leak", "LipLeak", "", "lower", "mean std of MAR with silence / mean std of MAR with "
-           "speech", "mouth", ("landmarks",), ("silent", "dub"), _lip_leak),
-    Metric("lip_leak_lite", "LipLeak_lite", "", "lower", "share of frames with a MAR above 0.25 with "
-           "silence, mean of clips", "mouth", ("landmarks",), ("silent",), _mean("silent", "mar_open")),
-    Metric("lse_c_s", "LSE-C_S", "", "lower", "LSE-C of dubs with silence against the source's own voice",
-           "lip_sync", ("voice", "landmarks"), ("current/silent",), _mean("current/silent", "lse_c")),
-    Metric("lse_d_s", "LSE-D_S", "", "higher", "LSE-D of dubs with silence against the source's own voice",
-           "lip_sync", ("voice", "landmarks"), ("current/silent",), _mean("current/silent", "lse_d")),
-    Metric("lsd_cr", "LSD-CR", "", "lower", "0.5 (|ΔLSE-C| + |ΔLSE-D|) of the means with the own and with "
-           "foreign voices, current frame as reference", "lip_sync", ("voice", "landmarks"),
-           ("current/matched", "current/mismatched"), _lsd("current")),
-    Metric("lsd_ar", "LSD-AR", "", "lower", "the same with another frame as reference", "lip_sync",
-           ("voice", "landmarks"), ("alternative/matched", "alternative/mismatched"), _lsd("alternative")),
-)  # fmt: skip
-
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
-"""Name -> metric, in the order of reports."""
 
 
 def unavailable(metric: str, weights: Path | None = None) -> Unavailable | None:
@@ -248,14 +38,14 @@ def unavailable(metric: str, weights: Path | None = None) -> Unavailable | None:
     measure = MEASURES[METRICS[metric].measure]
     for name in measure.weights:
         needed = WEIGHTS[name]
-        if weights is None or not (weights / needed.file).is_file():
+        if weights is None or not (weights / needed.file).exists():
             place = "a folder of weights" if weights is None else str(weights)
             return Unavailable(
                 f"needs {needed.what}, {needed.file} in {place}; {needed.get} (terms: {needed.terms})"
             )
     for package in measure.packages:
         if find_spec(package) is None:
-            return Unavailable(f"needs {package}; get it with pip install 'keysync_jax[{EXTRAS[package]}]'")
+            return Unavailable(f"needs {package}; get it with pip install 'keysync_jax[{measure.extra}]'")
     return None
 
 
@@ -284,7 +74,7 @@ class Bench:
     """The measures of some metrics, opened once for all clips.
 
     Attributes:
-      metrics: names of those of clips that are computed, in the registry's order.
+      metrics: names of those that are computed, in the registry's order; of clips and of sets of them.
       missing: metric -> why it is not, of those asked for.
     """
 
@@ -299,18 +89,19 @@ class Bench:
           KeyError: no metric has such a name.
           UserError: weights are damaged, or are another network's.
         """
-        asked = {METRICS[name].measure: None for name in metrics}
+        asked = {METRICS[name].measure for name in metrics}
         self.missing: dict[str, Unavailable] = {}
         self.metrics: list[str] = []
-        for name, metric in METRICS.items():
-            if metric.measure in asked:
-                reason = unavailable(name, weights)
-                if reason is not None:
-                    self.missing[name] = reason
-                elif not metric.runs:
-                    self.metrics.append(name)
-        used = dict.fromkeys(METRICS[name].measure for name in self.metrics)
-        self._starts = {name: _opened(MEASURES[name], weights) for name in used}
+        self._starts: dict[str, Start] = {}
+        for measure in (name for name in MEASURES if name in asked):
+            names = [name for name, metric in METRICS.items() if metric.measure == measure]
+            found = unavailable(names[0], weights) or _opened(MEASURES[measure], weights)
+            if isinstance(found, Unavailable):
+                self.missing |= dict.fromkeys(names, found)
+            else:
+                self._starts[measure] = found
+                self.metrics += names
+        self.metrics.sort(key=list(METRICS).index)
 
     def start(self, subject: Subject) -> "Reading":
         """Begins a clip."""
@@ -346,7 +137,7 @@ def _record(found: Found, wanted: Sequence[str], missing: Mapping[str, Unavailab
     series = {name: x for name, x in found.items() if isinstance(x, np.ndarray)}
     values: dict[str, float] = {}
     absent = dict(missing)
-    for name in wanted:
+    for name in (name for name in wanted if not METRICS[name].runs):
         value = found[name]
         if isinstance(value, Unavailable):
             absent[name] = value
@@ -362,12 +153,15 @@ def combine(metric: str, runs: Runs) -> float | Unavailable:
       metric: its name.
       runs: the records of the runs that `Metric.runs` names, of the same clips in the same order.
     """
-    made = METRICS[metric]
+    made: Metric = METRICS[metric]
     if made.combine is None:
         raise ValueError(f"{metric} is a metric of a clip")
     absent = [run for run in made.runs if not runs.get(run)]
     if absent:
         return Unavailable(f"needs the runs {', '.join(absent)}")
+    reasons = [record.missing.get(metric) for run in made.runs for record in runs[run]]
+    if any(reasons):
+        return next(reason for reason in reasons if reason)
     try:
         return made.combine(runs)
     except ValueError as error:
@@ -379,8 +173,8 @@ def _absent(name: str, subject: Subject) -> Unavailable | None:
     return Unavailable("needs " + " and ".join(needs)) if needs else None
 
 
-def _opened(measure: Measure, weights: Path | None) -> Start:
+def _opened(measure: Measure, weights: Path | None) -> Start | Unavailable:
     module, _, function = measure.opens.partition(":")
     opens = getattr(importlib.import_module(f"keysync_jax.metrics.{module}"), function)
-    start: Start = opens(weights or Path())
-    return start
+    found: Start | Unavailable = opens(weights or Path())
+    return found
