@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from keysync_jax.errors import UserError
 from keysync_jax.metrics import libraries, perceptual, registry
 from keysync_jax.metrics.catalogue import MEASURES, METRICS, WEIGHTS
 from keysync_jax.metrics.libraries import ARCFACE_POINTS, align_face, random_patches, resized
@@ -68,7 +69,9 @@ def test_a_package_that_is_absent_is_a_sentence_with_the_command(
 def test_a_licence_that_forbids_commercial_use_is_in_the_provenance(weights: Path) -> None:
     restricted = {name for name in METRICS if "licence" in provenance(name, weights)}
     assert restricted == {"csim", "topiq", "hyperiqa"}
-    assert provenance("fvd", weights)["i3d_torchscript.pt"]  # its hash
+    assert len(provenance("fvd", weights)["i3d_torchscript.pt"]) == 64
+    (weights / WEIGHTS["clip"].file / "model.safetensors").write_bytes(b"x")
+    assert len(provenance("cmmd", weights)["clip-vit-large-patch14-336/model.safetensors"]) == 64
     assert provenance("fid", weights)["torch_fidelity"] == "of an unknown version"
 
 
@@ -159,6 +162,15 @@ def test_fvd_keeps_features_of_whole_clips_of_sixteen_frames(
     np.testing.assert_allclose(shown[1][0, :, 2], resized(frames[18], 224).transpose(2, 0, 1))
     short = read("fvd", weights, Subject(15), [Moment(x) for x in frames[:15]])
     assert not short.series
+
+
+@pytest.mark.parametrize("metric", ["fvd", "lpips"])
+def test_weights_that_are_damaged_are_a_sentence(weights: Path, metric: str) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(
+        UserError, match=r"i3d_torchscript.pt cannot be used|alexnet-owt-7be5be79.pth: not a PyTo"
+    ):
+        Bench([metric], weights)
 
 
 class Quality:
