@@ -41,6 +41,37 @@ def lip_leak_lite(mar_silent: np.ndarray, threshold: float = OPEN) -> float:
     return float((_finite(mar_silent) > threshold).mean())
 
 
+def lip_leak_of_stds(silent: np.ndarray, speech: np.ndarray) -> float:
+    """LipLeak of a set of clips: mean std(MAR | silent audio) / (mean std(MAR | speech) + 1e-5).
+
+    Not the mean of the clips' ratios, which a single mouth that hardly speaks decides.
+
+    Args:
+      silent, speech: standard deviation of each clip's MAR, `[clips]` each.
+
+    Raises:
+      ValueError: one of them is empty or not finite.
+    """
+    return float(_finite(silent).mean() / (_finite(speech).mean() + EPSILON))
+
+
+def lip_sync_difference(matched: Sequence[float], mismatched: Sequence[float]) -> float:
+    """LSD: what a system's sync loses with a foreign voice; no unit, 0 or more, lower is better.
+
+    0.5 (|C_AM - C_XM| + |D_AM - D_XM|). All four are means over a set of clips: it is a difference of means,
+    not a mean of differences. A system that is weak in both setups has a low one too, so it is read beside
+    C_XM.
+
+    Args:
+      matched: (LSE-C, LSE-D) of the dubs with the videos' own voices, AM.
+      mismatched: the same with other clips' voices, each scored with the voice that drove it, XM.
+
+    Source: Yaman et al. 2025 (arXiv 2511.08613). Which reference picture the system
+    was given makes it LSD-CR (the current frame) or LSD-AR (another one).
+    """
+    return 0.5 * sum(abs(a - b) for a, b in zip(matched, mismatched, strict=True))
+
+
 def source_correlation(pairs: Sequence[Pair]) -> float:
     """Mean over clips of the correlation of the dubbed mouth with the source's; -1 to 1, near 0 is best.
 

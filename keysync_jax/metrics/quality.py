@@ -1,8 +1,9 @@
-"""Quality of pictures: distance from the truth, and restlessness over time."""
+"""Quality of pictures: distance from the truth, sharpness, and restlessness over time."""
 
 from collections.abc import Iterable
 from itertools import pairwise, repeat
 
+import cv2
 import numpy as np
 
 BRIGHTEST = 255.0
@@ -35,6 +36,53 @@ def psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray | None = None) -> floa
     if count == 0:
         raise ValueError("the region is empty")
     return float("inf") if square == 0 else float(10 * np.log10(BRIGHTEST**2 * count / square))
+
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+SSIM_EDGE = SSIM_WINDOW // 2
+"""Pixels at each edge of a picture that have no whole window."""
+
+_C1, _C2 = (0.01 * BRIGHTEST) ** 2, (0.03 * BRIGHTEST) ** 2
+
+
+def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Structural similarity around each pixel; no unit, -1 to 1, higher is better, 1 where they are equal.
+
+    Wang et al. 2004, eq. 13, with the Gaussian window of 11 pixels and sigma 1.5, of each colour, averaged.
+
+    Args:
+      a, b: uint8 `[H, W, 3]`, 11 pixels or more each way.
+
+    Returns:
+      float64 `[H - 10, W - 10]`: pixels whose window is inside the picture.
+
+    Raises:
+      ValueError: the shapes differ, the dtype is not uint8, or the pictures are too small.
+    """
+    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
+        raise ValueError(f"expected equal shapes of uint8, got {a.dtype} {a.shape} and {b.dtype} {b.shape}")
+    if min(a.shape[:2]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs {SSIM_WINDOW} pixels each way, not {a.shape[1]} x {a.shape[0]}")
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    mean_x, mean_y = _windowed(x), _windowed(y)
+    var_x = _windowed(x * x) - mean_x * mean_x
+    var_y = _windowed(y * y) - mean_y * mean_y
+    covariance = _windowed(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x * mean_x + mean_y * mean_y + _C1)
+    structure = (2 * covariance + _C2) / (var_x + var_y + _C2)
+    return (luminance * structure).mean(axis=-1)
+
+
+def laplacian_variance(frame: np.ndarray) -> float:
+    """Variance of a frame's Laplacian: sharpness, in squared grey levels.
+
+    Higher is sharper, and noisier: what is good is the truth's own number. It depends on the frame's size.
+
+    Args:
+      frame: uint8 RGB `[H, W, 3]`.
+    """
+    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    return float(cv2.Laplacian(grey, cv2.CV_64F).var())
 
 
 def flicker(frames: Iterable[np.ndarray], region: np.ndarray) -> float:
@@ -71,6 +119,12 @@ def flicker_ratio(dub: Iterable[np.ndarray], truth: Iterable[np.ndarray], region
     if reference == 0:
         raise ValueError("the truth does not move within the region")
     return flicker(dub, region) / reference
+
+
+def _windowed(x: np.ndarray) -> np.ndarray:
+    """Means under the Gaussian window, where it is inside the picture."""
+    blurred = cv2.GaussianBlur(x, (SSIM_WINDOW, SSIM_WINDOW), SSIM_SIGMA)
+    return blurred[SSIM_EDGE:-SSIM_EDGE, SSIM_EDGE:-SSIM_EDGE]
 
 
 def _frames(pictures: np.ndarray) -> np.ndarray:

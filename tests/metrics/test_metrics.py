@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
-from keysync_jax.metrics.quality import flicker, flicker_ratio, psnr
+from keysync_jax.metrics.leakage import (
+    lip_leak,
+    lip_leak_lite,
+    lip_leak_of_stds,
+    lip_sync_difference,
+    source_correlation,
+)
+from keysync_jax.metrics.quality import flicker, flicker_ratio, laplacian_variance, psnr, ssim_map
 from keysync_jax.metrics.sync import (
     best_lag,
     correlation,
@@ -187,3 +193,60 @@ def test_flicker_ratio_is_one_for_the_truth_and_more_for_noise() -> None:
     assert flicker_ratio(noisy, truth, whole) > 1.05
     with pytest.raises(ValueError, match="does not move"):
         flicker_ratio(noisy, truth[[0] * 20], whole)
+
+
+# Yaman et al. 2025, tables 4 (mismatched), 5 (matched) and 6: (LSE-C, LSE-D) of each system, AR and CR.
+LEAKAGE_STUDY = {
+    "Wav2Lip": ((7.98, 6.79), (7.35, 7.18), (7.59, 6.75), (7.73, 6.44), 0.56, 0.22),
+    "TalkLip": ((6.04, 8.21), (4.80, 9.40), (8.53, 6.08), (9.27, 5.54), 4.16, 2.31),
+    "IP-LAP": ((3.63, 10.10), (3.71, 10.02), (5.96, 7.54), (6.49, 7.16), 2.82, 2.45),
+    "AVTFG": ((6.90, 8.63), (6.84, 7.90), (7.94, 6.35), (7.95, 6.30), 1.36, 1.66),
+    "PLGAN": ((7.95, 6.64), (7.58, 6.81), (7.68, 6.43), (8.41, 6.03), 0.80, 0.24),
+    "Diff2Lip": ((7.62, 6.59), (6.71, 7.26), (7.82, 6.48), (7.87, 6.46), 0.98, 0.15),
+}
+"""System -> mismatched AR, mismatched CR, matched AR, matched CR, LSD-CR, LSD-AR."""
+
+
+@pytest.mark.parametrize("system", LEAKAGE_STUDY)
+def test_the_leakage_studys_table_follows_from_its_other_tables(system: str) -> None:
+    other_ar, other_cr, own_ar, own_cr, lsd_cr, lsd_ar = LEAKAGE_STUDY[system]
+    assert lip_sync_difference(own_cr, other_cr) == pytest.approx(lsd_cr, abs=0.006)
+    assert lip_sync_difference(own_ar, other_ar) == pytest.approx(lsd_ar, abs=0.006)
+
+
+def test_lip_leak_of_a_set_is_not_decided_by_one_quiet_clip() -> None:
+    silent, speech = np.array([0.02, 0.02]), np.array([0.1, 1e-6])
+    assert lip_leak_of_stds(silent, speech) == pytest.approx(0.02 / 0.05001, rel=1e-4)
+    assert lip_leak_of_stds(np.zeros(2), speech) == lip_leak_of_stds(np.zeros(2), np.zeros(2)) == 0
+    with pytest.raises(ValueError, match="finite MAR"):
+        lip_leak_of_stds(np.array([np.nan]), speech)
+
+
+def test_ssim_is_the_formula_under_each_window() -> None:
+    rng = np.random.default_rng(5)
+    a, b = rng.integers(0, 256, (2, 16, 13, 3), dtype=np.uint8)
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    expected = np.zeros((6, 3))
+    for y, x in np.ndindex(6, 3):
+        for c in range(3):
+            p, q = (v[y : y + 11, x : x + 11, c].astype(float) for v in (a, b))
+            mp, mq = (window * p).sum(), (window * q).sum()
+            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+            both = (window * (p - mp) * (q - mq)).sum()
+            top = (2 * mp * mq + 6.5025) * (2 * both + 58.5225)
+            expected[y, x] += top / (mp**2 + mq**2 + 6.5025) / (vp + vq + 58.5225) / 3
+    np.testing.assert_allclose(ssim_map(a, b), expected, atol=1e-9)
+    np.testing.assert_allclose(ssim_map(a, a), 1)
+    for other, match in ((b[:9], "equal shapes"), (b.astype(float), "float64")):
+        with pytest.raises(ValueError, match=match):
+            ssim_map(a, other)
+    with pytest.raises(ValueError, match="11 pixels each way, not 13 x 9"):
+        ssim_map(a[:9], b[:9])
+
+
+def test_sharpness_of_a_checkerboard_and_of_nothing() -> None:
+    board = np.where(np.indices((6, 6)).sum(axis=0) % 2, 255, 0).astype(np.uint8)
+    # Every pixel's four neighbours are the other colour, mirrored ones at the edge too: -4 x 255 or 4 x 255.
+    assert laplacian_variance(np.repeat(board[..., None], 3, axis=-1)) == pytest.approx((4 * 255) ** 2)
+    assert laplacian_variance(np.full((6, 6, 3), 90, np.uint8)) == 0
