@@ -1,4 +1,4 @@
-"""Subcommands that measure or show a model on synthetic clips: synth-eval, demo."""
+"""Subcommands that measure or show: synth-eval and demo on synthetic clips, evaluate any system."""
 
 import argparse
 from pathlib import Path
@@ -97,4 +97,71 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(f"\n{found.scores.table(verdicts=False)}")
     print("\nThe bars are for the mean of 20 clips (keysync synth-eval); a single clip may lie beyond one.")
     print(f"wrote {found.dub} and {found.side_by_side}")
+    return 0
+
+
+def add_evaluate(commands: Commands) -> None:
+    """`keysync evaluate`."""
+    parser = commands.add_parser("evaluate", help="judge any systems on a list of clips")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="dubs and report")
+    parser.add_argument("--pairs", type=Path, required=True, metavar="LIST", help="a CSV file, or a folder")
+    parser.add_argument(
+        "--system",
+        action="append",
+        default=[],
+        metavar="NAME=CMD|DIR|SHEET.json",
+        help="a command with {video} {audio} {out} and, if it can, {reference}; or a folder of its videos;"
+        " may be repeated",
+    )
+    parser.add_argument(
+        "--protocol",
+        default="cross",
+        metavar="reconstruction|cross|leakage",
+        help="which runs (default cross)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs and the intervals (default 0)")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="the metrics' weights")
+    parser.add_argument("--metrics", default="", metavar="NAME,NAME", help="default: all that can be computed")
+    parser.add_argument(
+        "--landmarks",
+        default="mediapipe",
+        metavar="mediapipe|face_alignment|none",
+        help="detector for real videos (default mediapipe)",
+    )
+    parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="that a command may take for a clip")
+    parser.add_argument(
+        "--slack", type=int, default=5, metavar="N", help="frames that a dub may lack or add (default 5)"
+    )
+    parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier call")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="fetch the detector's model file, if it is missing"
+    )
+    parser.set_defaults(run=_evaluate, resumable=True, less_memory="try shorter clips")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
+    from keysync_jax.evaluation.evaluate import EvaluateSettings, evaluate
+    from keysync_jax.evaluation.report.write import write_report
+    from keysync_jax.evaluation.runs import RunSettings
+    from keysync_jax.evaluation.systems import parse_systems
+
+    if arguments.slack < 0 or (arguments.timeout is not None and not arguments.timeout > 0):
+        raise UserError("--slack is 0 or more, and --timeout is above 0")
+    settings = EvaluateSettings(
+        protocol=arguments.protocol,
+        seed=arguments.seed,
+        weights=arguments.weights,
+        metrics=tuple(filter(None, arguments.metrics.split(","))),
+        landmarks=arguments.landmarks,
+        landmark_model=arguments.landmark_model,
+        allow_download=arguments.allow_download,
+        runs=RunSettings(arguments.slack, arguments.timeout, arguments.retry),
+    )
+    systems = parse_systems(arguments.system)
+    found = evaluate(arguments.pairs, systems, arguments.output, settings, show_progress=True)
+    written = write_report(found, arguments.output)
+    print(written.text)
+    print(f"wrote {written.page}")
     return 0

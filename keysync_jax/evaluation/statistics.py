@@ -5,8 +5,8 @@ intervals of a table come from the same draws, and a difference is drawn as a di
 never read off two intervals. Everything is a function of its arguments and a seed.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import product
 
@@ -64,6 +64,14 @@ class Resampling:
         self.units = units.reshape(-1)
         self.weights = drawn[:, self.units].astype(np.float64)
         self.seed = seed
+
+    def of(self, clips: Sequence[int]) -> "Resampling":
+        """The same draws of some of the clips, by their numbers; draws without any of them are left out."""
+        part = copy(self)
+        weights = self.weights[:, list(clips)]
+        part.weights = weights[weights.sum(axis=1) > 0]
+        part.units = np.unique(self.units[list(clips)], return_inverse=True)[1].reshape(-1)
+        return part
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """The mean of each draw: values `[clips]` or `[clips, k]` to `[draws]` or `[draws, k]`."""
@@ -271,8 +279,3 @@ def distance(
     values = np.array([between(order[:half], order[:half]) for order in orders])
     bias = float(np.mean([real(order[:half], order[half : 2 * half]) for order in orders]))
     return Distance(float(between(every, every)), estimate(float(values.mean()), values, half), bias, clips)
-
-
-def is_finite(values: Sequence[float | None]) -> bool:
-    """Whether every value is there and finite."""
-    return all(value is not None and math.isfinite(value) for value in values)

@@ -1,0 +1,230 @@
+"""From the scores of single dubs to tables: means with intervals, leakage, comparisons; of JSON's types."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from keysync_jax.evaluation.protocol import Cell, Reference
+from keysync_jax.evaluation.scoring import Scored
+from keysync_jax.evaluation.statistics import Estimate, Resampling, compare, estimate, holm, shift
+from keysync_jax.evaluation.world import WORLD_METRICS
+from keysync_jax.metrics.leakage import EPSILON
+from keysync_jax.metrics.registry import METRICS, Metric
+from keysync_jax.metrics.sync import correlation
+
+KNOWN: Mapping[str, Metric] = {**METRICS, **WORLD_METRICS}
+
+SYNC_MEASURES = (("sync",), ("lse_c", "lse_d"))
+"""What leakage is read by: in the synthetic world its own reader, else SyncNet's two."""
+
+THRESHOLDS = tuple(round(0.02 * i, 2) for i in range(1, 41))
+"""Of the MAR, for the share of open frames in silence."""
+
+EXCHANGED = 20
+"""Other clips whose voices a dub is compared with for chance."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A system's dubs that were scored.
+
+    Attributes:
+      scores: cell -> clip -> scores.
+      clips: those that have a dub in every cell the system runs, in the list's order.
+    """
+
+    system: str
+    scores: Mapping[Cell, Mapping[str, Scored]]
+    clips: tuple[str, ...]
+
+    def column(self, cell: Cell, metric: str) -> np.ndarray | None:
+        """A metric of the clips `[clips]`; None where one lacks it."""
+        found = [self.scores[cell][clip].values.get(metric) for clip in self.clips]
+        return None if not found or None in found else np.array(found, np.float64)
+
+    def has(self, *cells: Cell) -> bool:
+        return bool(self.clips) and all(cell in self.scores for cell in cells)
+
+
+def sync_measures(judged: Sequence[Judged]) -> tuple[str, ...]:
+    """The sync measures that all dubs have."""
+    scores = [s for one in judged for cell in one.scores.values() for s in cell.values()]
+    for measures in SYNC_MEASURES:
+        if scores and all(m in one.values for m in measures for one in scores):
+            return measures
+    return ()
+
+
+def row(
+    judged: Judged,
+    reference: Reference,
+    resampling: Resampling,
+    voices: Mapping[str, np.ndarray],
+    sync: Sequence[str],
+) -> dict[str, Any]:
+    """A system with one reference, as a row of tables.
+
+    Args:
+      resampling: of the system's clips.
+      voices: clip -> articulation of its voice, in the synthetic world.
+      sync: measures that all systems have.
+    """
+    cells = {
+        cell.name: _means(judged, cell, resampling) for cell in judged.scores if cell.reference == reference
+    }
+    return {
+        "system": judged.system,
+        "reference": reference,
+        "clips": len(judged.clips),
+        "cells": cells,
+        "leakage": _leakage(judged, reference, resampling, sync),
+        "chance": _chance(judged, reference, voices),
+        "open": _open_shares(judged, Cell("SI", reference)),
+    }
+
+
+def _means(judged: Judged, cell: Cell, resampling: Resampling) -> dict[str, Any]:
+    found = {}
+    for name in KNOWN:
+        values = judged.column(cell, name)
+        if values is not None:
+            found[name] = _told(_mean(values, resampling))
+    return found
+
+
+def _mean(values: np.ndarray, resampling: Resampling) -> Estimate:
+    """The mean; of an infinite one (equal pictures) there is no interval."""
+    if np.isfinite(values).all():
+        return resampling.mean(values)
+    return Estimate(float(values.mean()), float("nan"), float("nan"), len(values))
+
+
+def _leakage(
+    judged: Judged, reference: Reference, resampling: Resampling, sync: Sequence[str]
+) -> dict[str, Any]:
+    matched, mismatched, silent = (Cell(setup, reference) for setup in ("AM", "XM", "SI"))  # type: ignore[arg-type]
+    found: dict[str, Any] = {}
+    if judged.has(silent, mismatched):
+        still, moving = judged.column(silent, "mar_std"), judged.column(mismatched, "mar_std")
+        if still is not None and moving is not None:
+            draws = resampling.means(still) / (resampling.means(moving) + EPSILON)
+            value = float(still.mean() / (moving.mean() + EPSILON))
+            found["lip_leak"] = _told(estimate(value, draws, len(still)))
+            found["lip_leak_clips"] = float(np.median(still / (moving + EPSILON)))
+    if judged.has(silent):
+        for name, metric in {"lip_leak_lite": "mar_open", "gain_s": "gain"}.items():
+            values = judged.column(silent, metric)
+            if values is not None:
+                found[name] = _told(resampling.mean(values))
+        for measure in sync:
+            values = judged.column(silent, measure)
+            if values is not None:
+                found[f"{measure}_s"] = _told(resampling.mean(values))
+    if judged.has(matched, mismatched) and sync:
+        pairs = [[judged.column(cell, m) for m in sync] for cell in (matched, mismatched)]
+        lsd = shift(np.stack(pairs[0], -1), np.stack(pairs[1], -1), resampling)  # type: ignore[arg-type]
+        found["lsd"] = {
+            **_told(lsd.value),
+            "signed": dict(zip(sync, map(_number, lsd.signed), strict=True)),
+            "chance": _number(lsd.chance),
+            "p": _number(lsd.p),
+        }
+    return found
+
+
+def _chance(judged: Judged, reference: Reference, voices: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean correlation with voices of other clips than those that a dub is scored by: in XM, and in SI."""
+    found = {}
+    for setup in ("XM", "SI"):
+        cell = Cell(setup, reference)  # type: ignore[arg-type]
+        if not judged.has(cell) or not voices or len(judged.clips) < 2:
+            continue
+        scores, clips = judged.scores[cell], judged.clips
+        pairs = [
+            (scores[clip].series["opening"], voices[clips[(i + step) % len(clips)]])
+            for i, clip in enumerate(clips)
+            for step in range(1, min(len(clips), EXCHANGED + 1))
+            if "opening" in scores[clip].series
+        ]
+        correlations = [
+            correlation(np.array(a)[: len(b)], b[: len(a)]) for a, b in pairs if min(len(a), len(b)) > 1
+        ]
+        if correlations:
+            found[setup] = _number(float(np.mean(correlations)))
+    return found
+
+
+def _open_shares(judged: Judged, cell: Cell) -> list[float]:
+    """Share of frames in silence with a MAR above each of `THRESHOLDS`, mean of clips."""
+    if not judged.has(cell):
+        return []
+    series = [np.array(judged.scores[cell][clip].series.get("mar", [])) for clip in judged.clips]
+    if not all(len(mar) for mar in series):
+        return []
+    return [_number(float(np.mean([np.mean(mar > t) for mar in series]))) for t in THRESHOLDS]
+
+
+def comparisons(
+    judged: Sequence[Judged], cells: Sequence[Cell], clips: Sequence[str], resampling: Resampling
+) -> list[dict[str, Any]]:
+    """Every two systems by every metric with a better side, on the clips that both have; p adjusted by Holm.
+
+    Args:
+      clips: names, in the order of the resampling.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    for i, first in enumerate(judged):
+        for second in judged[i + 1 :]:
+            common = [clip for clip in clips if clip in first.clips and clip in second.clips]
+            if len(common) < 2:
+                continue
+            part = resampling.of([clips.index(clip) for clip in common])
+            for cell in cells:
+                for metric, found in _compared(first, second, cell, common, part).items():
+                    told = {
+                        "cell": cell.name,
+                        "metric": metric,
+                        "first": first.system,
+                        "second": second.system,
+                    }
+                    made[str(len(made))] = {**told, **found}
+    adjusted = holm({key: one["permutation"] for key, one in made.items()})
+    return [{**one, "holm": _number(adjusted[key])} for key, one in made.items()]
+
+
+def _compared(
+    first: Judged, second: Judged, cell: Cell, clips: Sequence[str], resampling: Resampling
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if cell not in first.scores or cell not in second.scores:
+        return found
+    for name, metric in KNOWN.items():
+        a, b = (_of(one, cell, clips, name) for one in (first, second))
+        if metric.better in ("higher", "lower") and a is not None and b is not None:
+            one = compare(a, b, resampling)
+            found[name] = {
+                **_told(one.difference),
+                "permutation": _number(one.permutation),
+                "wilcoxon": None if one.wilcoxon is None else _number(one.wilcoxon),
+                "visible": _number(one.visible),
+            }
+    return found
+
+
+def _of(judged: Judged, cell: Cell, clips: Sequence[str], metric: str) -> np.ndarray | None:
+    """Finite values of some clips."""
+    found = [judged.scores[cell][clip].values.get(metric, np.nan) for clip in clips]
+    return np.array(found) if np.isfinite(found).all() else None
+
+
+def _told(found: Estimate) -> dict[str, Any]:
+    """An estimate for JSON: 6 digits, None where there is no number, "inf" where it is infinite."""
+    return {key: x if isinstance(x, int) else _number(x) for key, x in asdict(found).items()}
+
+
+def _number(value: float) -> Any:
+    if np.isnan(value):
+        return None
+    return float(f"{value:.6g}") if np.isfinite(value) else str(value)
