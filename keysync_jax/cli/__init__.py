@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         evaluation.add_synth_eval,
         evaluation.add_demo,
         evaluation.add_evaluate,
+        evaluation.add_arena,
         parity.add_parity,
         benchmark.add_bench,
     ):

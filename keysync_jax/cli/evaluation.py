@@ -1,4 +1,4 @@
-"""Subcommands that measure or show: synth-eval and demo on synthetic clips, evaluate any system."""
+"""Subcommands that measure or show: synth-eval and demo on synthetic clips, evaluate and arena any system."""
 
 import argparse
 from pathlib import Path
@@ -121,7 +121,9 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and the intervals (default 0)")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="the metrics' weights")
-    parser.add_argument("--metrics", default="", metavar="NAME,NAME", help="default: all that can be computed")
+    parser.add_argument(
+        "--metrics", default="", metavar="NAME,NAME", help="default: all that can be computed"
+    )
     parser.add_argument(
         "--landmarks",
         default="mediapipe",
@@ -164,4 +166,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     written = write_report(found, arguments.output)
     print(written.text)
     print(f"wrote {written.page}")
+    return 0
+
+
+def add_arena(commands: Commands) -> None:
+    """`keysync arena`."""
+    parser = commands.add_parser("arena", help="a page on this machine where people compare dubs, blind")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="a folder of systems' folders, or of keysync evaluate"
+    )
+    parser.add_argument("--results", action="store_true", help="print what the votes say, and stop")
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="0: any that is free (default 8000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the voters' orders (default 0)")
+    parser.set_defaults(run=_arena, resumable=True, less_memory="try shorter clips")
+
+
+def _arena(arguments: argparse.Namespace) -> int:
+    from keysync_jax.evaluation.arena.contestants import find_contestants
+    from keysync_jax.evaluation.arena.results import results
+    from keysync_jax.evaluation.arena.server import Arena, make_server
+    from keysync_jax.evaluation.arena.votes import load_votes
+
+    if arguments.results:
+        print(results(load_votes(arguments.folder)))
+        return 0
+    if arguments.seed < 0:
+        raise UserError(f"the seed is 0 or more, not {arguments.seed}")
+    arena = Arena(arguments.folder, find_contestants(arguments.folder), arguments.seed)
+    with make_server(arena, arguments.port) as server:
+        print(f"open http://127.0.0.1:{server.server_address[1]} in a browser; Ctrl-C ends", flush=True)
+        server.serve_forever()
     return 0

@@ -73,7 +73,8 @@ def _laid(
     frame: np.ndarray, closed: np.ndarray, fade: np.ndarray, source: np.ndarray, target: np.ndarray
 ) -> np.ndarray:
     """A frame with the closed mouth laid over it where its face is."""
-    matrix, _ = cv2.estimateAffinePartial2D(source[[*STEADY]], target[[*STEADY]], method=cv2.LMEDS)
+    found = cv2.estimateAffinePartial2D(source[[*STEADY]], target[[*STEADY]], method=cv2.LMEDS)
+    matrix: np.ndarray | None = found[0]
     if matrix is None:
         return frame
     size = (frame.shape[1], frame.shape[0])

@@ -6,7 +6,7 @@ nothing changed it writes the same bytes.
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 import keysync_jax
 from keysync_jax.errors import UserError, machine_fault
-from keysync_jax.evaluation.anchors import ANCHORS, REAL, frozen
+from keysync_jax.evaluation.anchors import ANCHORS, FROZEN, REAL, frozen
 from keysync_jax.evaluation.cliplist import COLUMNS, ListedClip, draw_partners, read_clips
 from keysync_jax.evaluation.inputs import Inputs
 from keysync_jax.evaluation.protocol import PROTOCOLS, Cell, references_of
@@ -261,11 +261,16 @@ class _Job:
         resampling = Resampling([clip.speaker for clip in self.clips], seed=self.settings.seed)
         voices = {n: t["opening"] for n in names if (t := self.inputs[n].truth) is not None}
         sync, rows = sync_measures(judged), []
+        real = next(one for one in judged if one.system == REAL)
         for one in judged:
-            for reference in references_of(self.settings.protocol):
+            references = references_of(self.settings.protocol)
+            # What is never dubbed has no reference; once is enough.
+            for reference in references[:1] if one.system in ANCHORS else references:
                 if one.clips and any(cell.reference == reference for cell in one.scores):
                     part = resampling.of([names.index(clip) for clip in one.clips])
-                    rows.append(row(one, reference, part, voices, sync))
+                    # A mouth at rest has no speech of its own to compare its silence with.
+                    other = real if one.system == FROZEN else None
+                    rows.append(row(one, reference, part, voices, self.inputs.partners, sync, other))
         used = [name for name in KNOWN if any(name in c for r in rows for c in r["cells"].values())]
         tested = [one for one in judged if one.system not in ANCHORS]
         return {
@@ -379,17 +384,7 @@ def _series(judged: Sequence[Judged], names: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in judged:
         for cell, scores in one.scores.items():
-            if shown in scores and "mar" in scores[shown].series:
+            if shown is not None and shown in scores and "mar" in scores[shown].series:
                 mar = [None if np.isnan(x) else float(f"{x:.4g}") for x in scores[shown].series["mar"]]
                 found.setdefault(one.system, {})[cell.name] = mar
     return {"clip": shown, "systems": found} if found else {}
-
-
-def iter_stills(
-    evaluation: Evaluation, clip: str, at: Sequence[int]
-) -> Iterator[tuple[str, str, list[np.ndarray]]]:
-    """Frames of a clip's dubs: (system, cell, frames at the times `at`)."""
-    for (system, cell, name), video in evaluation.videos.items():
-        if name == clip:
-            wanted = {t: f for t, f in enumerate(read_frames(video)) if t in at}
-            yield system, cell, [wanted[t] for t in at if t in wanted]

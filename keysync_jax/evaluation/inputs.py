@@ -93,9 +93,14 @@ class Prepared:
             return self.clip.video
         copy = self.folder / f"{self.clip.name}.{sha256_once(self.clip.video)[:8]}.25.mp4"
         if not copy.is_file():
-            size = {"colour": info.colour, "aspect": info.aspect}
             with VideoWriter(
-                copy, info.width, info.height, quality=NEAR_LOSSLESS, threads=1, **size
+                copy,
+                info.width,
+                info.height,
+                quality=NEAR_LOSSLESS,
+                colour=info.colour,
+                aspect=info.aspect,
+                threads=1,
             ) as writer:
                 for frame in read_frames(self.clip.video):
                     writer.write(frame)

@@ -1,7 +1,7 @@
 """From the scores of single dubs to tables: means with intervals, leakage, comparisons; of JSON's types."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,14 +62,18 @@ def row(
     reference: Reference,
     resampling: Resampling,
     voices: Mapping[str, np.ndarray],
+    partners: Mapping[str, str],
     sync: Sequence[str],
+    speaking: Judged | None = None,
 ) -> dict[str, Any]:
     """A system with one reference, as a row of tables.
 
     Args:
       resampling: of the system's clips.
       voices: clip -> articulation of its voice, in the synthetic world.
+      partners: clip -> clip whose voice it was given.
       sync: measures that all systems have.
+      speaking: whose mouths LipLeak is relative to, where they are not the system's own.
     """
     cells = {
         cell.name: _means(judged, cell, resampling) for cell in judged.scores if cell.reference == reference
@@ -79,8 +83,8 @@ def row(
         "reference": reference,
         "clips": len(judged.clips),
         "cells": cells,
-        "leakage": _leakage(judged, reference, resampling, sync),
-        "chance": _chance(judged, reference, voices),
+        "leakage": _leakage(judged, reference, resampling, sync, speaking or judged),
+        "chance": _chance(judged, reference, voices, partners),
         "open": _open_shares(judged, Cell("SI", reference)),
     }
 
@@ -102,12 +106,13 @@ def _mean(values: np.ndarray, resampling: Resampling) -> Estimate:
 
 
 def _leakage(
-    judged: Judged, reference: Reference, resampling: Resampling, sync: Sequence[str]
+    judged: Judged, reference: Reference, resampling: Resampling, sync: Sequence[str], speaking: Judged
 ) -> dict[str, Any]:
-    matched, mismatched, silent = (Cell(setup, reference) for setup in ("AM", "XM", "SI"))  # type: ignore[arg-type]
+    matched, mismatched, silent = (Cell(setup, reference) for setup in ("AM", "XM", "SI"))
     found: dict[str, Any] = {}
     if judged.has(silent, mismatched):
-        still, moving = judged.column(silent, "mar_std"), judged.column(mismatched, "mar_std")
+        still = judged.column(silent, "mar_std")
+        moving = replace(speaking, clips=judged.clips).column(mismatched, "mar_std")
         if still is not None and moving is not None:
             draws = resampling.means(still) / (resampling.means(moving) + EPSILON)
             value = float(still.mean() / (moving.mean() + EPSILON))
@@ -134,11 +139,13 @@ def _leakage(
     return found
 
 
-def _chance(judged: Judged, reference: Reference, voices: Mapping[str, np.ndarray]) -> dict[str, float]:
+def _chance(
+    judged: Judged, reference: Reference, voices: Mapping[str, np.ndarray], partners: Mapping[str, str]
+) -> dict[str, float]:
     """Mean correlation with voices of other clips than those that a dub is scored by: in XM, and in SI."""
     found = {}
     for setup in ("XM", "SI"):
-        cell = Cell(setup, reference)  # type: ignore[arg-type]
+        cell = Cell(setup, reference)
         if not judged.has(cell) or not voices or len(judged.clips) < 2:
             continue
         scores, clips = judged.scores[cell], judged.clips
@@ -146,7 +153,7 @@ def _chance(judged: Judged, reference: Reference, voices: Mapping[str, np.ndarra
             (scores[clip].series["opening"], voices[clips[(i + step) % len(clips)]])
             for i, clip in enumerate(clips)
             for step in range(1, min(len(clips), EXCHANGED + 1))
-            if "opening" in scores[clip].series
+            if "opening" in scores[clip].series and clips[(i + step) % len(clips)] != partners.get(clip)
         ]
         correlations = [
             correlation(np.array(a)[: len(b)], b[: len(a)]) for a, b in pairs if min(len(a), len(b)) > 1

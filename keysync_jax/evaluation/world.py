@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from keysync_jax.evaluation.protocol import Setup
+from keysync_jax.media.timeline import FPS
 from keysync_jax.metrics.leakage import lip_leak_lite
 from keysync_jax.metrics.meter import Found, Moment
 from keysync_jax.metrics.mouth import MouthReader, cut_patch, eye_distance
@@ -18,7 +19,11 @@ from keysync_jax.metrics.sync import best_lag, correlation
 from keysync_jax.synthetic.articulation import Articulation, at_rest
 from keysync_jax.synthetic.face import Picture
 from keysync_jax.synthetic.face import render as render_face
+from keysync_jax.synthetic.voice import SAMPLE_RATE
 from keysync_jax.synthetic.world import SIZE, SyntheticClip
+
+SAMPLES = SAMPLE_RATE // FPS
+"""Of a frame."""
 
 Truth = Mapping[str, np.ndarray]
 """Of a clip, as `synthetic.world.truth_of` gives it."""
@@ -62,17 +67,28 @@ class WorldMeter:
 
     def result(self) -> Found:
         mouths = self._reader.read_patches(np.stack(self._patches))
-        opening = mouths.opening.astype(np.float64)
-        return {
-            "sync": correlation(opening, self._voice),
-            "lag": float(best_lag(opening, self._voice)),
-            "source": correlation(opening, self._own),
-            "gain": slope(opening, self._own),
-            "mar_std": float(mouths.mar.std()),
-            "mar_open": lip_leak_lite(mouths.mar),
-            "mar": mouths.mar,
-            "opening": opening,
-        }
+        return told(mouths.opening, mouths.mar, self._own, self._voice)
+
+
+def told(opening: np.ndarray, mar: np.ndarray, own: np.ndarray, voice: np.ndarray) -> Found:
+    """What is said of a mouth.
+
+    Args:
+      opening, mar: of the dub, `[T]`.
+      own: the source's opening in the same unit.
+      voice: articulated opening of the voice that scores it, in any unit.
+    """
+    opening = np.asarray(opening, np.float64)
+    return {
+        "sync": correlation(opening, voice),
+        "lag": float(best_lag(opening, voice)),
+        "source": correlation(opening, own),
+        "gain": slope(opening, own),
+        "mar_std": float(np.std(mar)),
+        "mar_open": lip_leak_lite(mar),
+        "mar": np.asarray(mar),
+        "opening": opening,
+    }
 
 
 def slope(dub: np.ndarray, source: np.ndarray) -> float:
@@ -99,6 +115,19 @@ def articulated(
     late = Articulation(*(np.roll(x, len(x) // 2) for x in _parts(driving.articulation)))
     said = _mixed(voice, rest if setup == "SI" else late, heard)
     return _mixed(clip.articulation, said, leak)
+
+
+def by_loudness(wave: np.ndarray, frames: int) -> Articulation:
+    """The mouth of a system that hears how loud a voice is and nothing else, the same for all people.
+
+    Args:
+      wave: `[samples]` at 16 kHz.
+    """
+    heard = np.pad(wave, (0, max(0, frames * SAMPLES - len(wave))))[: frames * SAMPLES]
+    loud = np.sqrt((heard.reshape(frames, SAMPLES).astype(np.float64) ** 2).mean(axis=1))
+    opening = 0.6 * np.minimum(loud / max(np.percentile(loud, 95), 1e-4), 1)
+    still = np.zeros(frames, np.float32)
+    return Articulation(opening.astype(np.float32), still, still, still)
 
 
 def _mixed(first: Articulation, second: Articulation, share: float) -> Articulation:
