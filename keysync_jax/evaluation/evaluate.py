@@ -139,7 +139,7 @@ def evaluate(
     reserved = [system.name for system in systems if system.name in ANCHORS]
     if reserved:
         raise UserError(f"a system cannot be called {reserved[0]}: every report has an anchor of that name")
-    settle(output / MARK, {"format": FORMAT}, "an evaluation", "another version")
+    settle(output / MARK, {"format": FORMAT}, "evaluation", "another version")
     with locked(output / ".lock", f"{output}: another evaluation is at work there"):
         return _Job(listed, systems, output, settings, Phases(show=show_progress)).done()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from keysync_jax.errors import UserError
-from keysync_jax.evaluation.protocol import Cell, Reference
+from keysync_jax.evaluation.protocol import PROTOCOLS, Cell, Reference
 from keysync_jax.media.writer import SUFFIXES
 
 NEEDED = ("video", "audio", "out")
@@ -32,7 +32,8 @@ class System:
     Attributes:
       name: in reports; part of no path.
       command: the template's words; empty for a folder.
-      folder: of ready-made videos: `CELL/CLIP.mp4` or, where the protocol has one run a clip, `CLIP.mp4`.
+      folder: of ready-made videos: `XM-CR/CLIP.mp4`, `XM/CLIP.mp4` or, where the protocol has one run a clip,
+        `CLIP.mp4`.
       references: which of the protocol's it can be run with.
       sheet: what its sheet says, as it is.
     """
@@ -91,7 +92,8 @@ def parse_system(text: str) -> System:
         raise UserError(f"--system takes NAME=COMMAND, NAME=FOLDER or NAME=SHEET.json, not {text!r}")
     name, path = name.strip(), Path(what.strip())
     if path.is_dir():
-        return System(name, folder=path)
+        current = any((path / cell.name).is_dir() for cell in PROTOCOLS["leakage"] if cell.reference == "CR")
+        return System(name, folder=path, references=("CR", "AR") if current else ("AR",))
     if path.suffix == ".json" and path.is_file():
         return _of_sheet(name, path)
     return _of_command(name, what)
