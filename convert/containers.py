@@ -55,7 +55,7 @@ _PACKED = (
     (Container.LIGHTNING, "state_dict", ()),
     (Container.MICROSOFT, "model", ("cfg",)),
 )
-_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".model", ".pt", ".pth")
 _WEIGHTS = {
     Container.TRANSFORMERS: ("model.safetensors", "pytorch_model.bin"),
     Container.DIFFUSERS: ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
@@ -112,7 +112,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def open_tensors(path: str | os.PathLike[str]) -> Tensors:
-    """Opens a checkpoint: a `.safetensors`, `.bin`, `.ckpt`, `.pt` or `.pth` file, or a model's folder.
+    """Opens a checkpoint: a `.safetensors`, `.bin`, `.ckpt`, `.model`, `.pt` or `.pth` file, or a folder.
 
     A file named as transformers names weights, with a `config.json` beside it, is that folder with this file.
 

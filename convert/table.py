@@ -47,6 +47,10 @@ CONV2D = Op((2, 3, 1, 0))
 """[out, in, kh, kw] -> [kh, kw, in, out]."""
 CONV_TIME = Op((2, 3, 1, 0), drop=(4,))
 """A (3, 1, 1) kernel, [out, in, kt, 1, 1] -> [kt, 1, in, out]: we convolve [T, H * W] maps."""
+CONV3D = Op((2, 3, 4, 1, 0))
+"""[out, in, kt, kh, kw] -> [kt, kh, kw, in, out]."""
+CONV_SPACE = Op((2, 3, 1, 0), drop=(2,))
+"""A (1, kh, kw) kernel, [out, in, 1, kh, kw] -> [kh, kw, in, out]: we convolve frames."""
 CONV1X1 = Op((1, 0), drop=(2, 3))
 """A 1x1 convolution that we write as a linear map, [out, in, 1, 1] -> [in, out]."""
 CHW = Op((1, 2, 0))
@@ -70,6 +74,15 @@ def under(torch_prefix: str, path_prefix: str, rows: Iterable[Row]) -> Iterator[
 def norm(torch: str, path: str) -> list[Row]:
     """Rows of a group or layer normalisation."""
     return [Row(f"{torch}.weight", f"{path}.scale"), Row(f"{torch}.bias", f"{path}.bias")]
+
+
+def batch_norm(torch: str, path: str) -> list[Row]:
+    """Rows of a batch normalisation; `BATCHES` matches its count of batches, which nothing uses."""
+    parts = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    return [Row(f"{torch}.{theirs}", f"{path}.{ours}") for theirs, ours in parts.items()]
+
+
+BATCHES = r".*\.num_batches_tracked$"
 
 
 def affine(torch: str, path: str, op: Op = LINEAR, bias: bool = True) -> list[Row]:

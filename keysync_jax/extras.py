@@ -16,10 +16,14 @@ EXTRAS: Mapping[str, str] = {
     "libtpu": "tpu",
     "mediapipe": "landmarks",
     "ml_collections": "train",
+    "onnxruntime": "metrics",
     "optax": "train",
     "orbax": "train",
+    "PIL": "metrics",
+    "pyiqa": "metrics-noncommercial",
     "tensorboardX": "train",
     "torch": "convert",
+    "torch_fidelity": "metrics",
     "transformers": "test",
 }
 """Top-level module -> the extra that brings it; the extras themselves are in setup.cfg."""

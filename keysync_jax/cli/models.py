@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from keysync_jax.cli.common import Commands, add_allow_download, fetch_models
@@ -12,13 +13,21 @@ from keysync_jax.hub import is_address
 
 if typing.TYPE_CHECKING:
     from keysync_jax.convert.checkpoint import Checkpoints
+    from keysync_jax.convert.scorers import ScorerKind
+
+
+_SCORERS: Mapping["ScorerKind", str] = {
+    "syncnet": "SyncNet's syncnet_v2.model (LSE-C, LSE-D)",
+    "light-asd": "Light-ASD's finetuning_TalkSet.model (active speaker)",
+    "lip-reader": "Auto-AVSR's vsr_trlrs2lrs3vox2avsp_base.pth (LipScore)",
+}
 
 
 def add_convert(commands: Commands) -> None:
     """`keysync convert`."""
     parser = commands.add_parser(
         "convert",
-        help="PyTorch checkpoints to a model directory",
+        help="PyTorch checkpoints to a model directory, or one of a network that judges to a file of ours",
         epilog="A FILE may be on the hub: hub:OWNER/NAME[@REVISION]/FILE.",
     )
     parser.add_argument(
@@ -48,11 +57,24 @@ def add_convert(commands: Commands) -> None:
         choices=("stage", "vae"),
         help="the interpolation stage's own, where its file has one, or the VAE's (default stage)",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL_DIR", help="a new folder")
+    judges = parser.add_argument_group("networks that judge clips", "one at a time; see docs/metrics.md")
+    for kind, what in _SCORERS.items():
+        judges.add_argument(f"--{kind}", metavar="FILE", help=what)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="MODEL_DIR",
+        help="a new folder; of a network that judges, a .safetensors file",
+    )
     parser.set_defaults(run=_convert, resumable=False, less_memory="run it on the CPU")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    judges = [kind for kind in _SCORERS if getattr(arguments, kind.replace("-", "_")) is not None]
+    if judges:
+        return _convert_scorer(arguments, judges)
     from tqdm import tqdm
 
     from keysync_jax.convert.checkpoint import convert
@@ -73,6 +95,27 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     for stage in (config.keyframe, config.interpolation):
         print(f"{stage.kind}: audio from {stage.audio_encoder}, U-Net widths {stage.unet.block_out_channels}")
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+def _convert_scorer(arguments: argparse.Namespace, kinds: Sequence["ScorerKind"]) -> int:
+    """One network that judges clips; nothing else is converted with it."""
+    from keysync_jax.convert.scorers import convert_scorer
+
+    stages = ("released", "keyframe", "interpolation", "vae", "audio_keyframe", "audio_interpolation")
+    if len(kinds) > 1 or any(getattr(arguments, name) for name in stages):
+        raise UserError(f"convert takes --{kinds[0]} alone: it writes one file, not a model directory")
+    (kind,) = kinds
+    checkpoint = getattr(arguments, kind.replace("-", "_"))
+    arguments.resumable = is_address(checkpoint)
+    convert_scorer(
+        kind,
+        checkpoint,
+        arguments.output,
+        allow_download=arguments.allow_download,
+        say=lambda line: print(line, flush=True),
+    )
     print(f"wrote {arguments.output}")
     return 0
 

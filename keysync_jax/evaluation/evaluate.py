@@ -23,7 +23,15 @@ from keysync_jax.evaluation.protocol import PROTOCOLS, Cell, references_of
 from keysync_jax.evaluation.runs import Run, RunSettings, ready_made, run
 from keysync_jax.evaluation.scoring import Scored, Scorer
 from keysync_jax.evaluation.statistics import DRAWS, LEVEL, Resampling
-from keysync_jax.evaluation.summary import KNOWN, THRESHOLDS, Judged, comparisons, row, sync_measures
+from keysync_jax.evaluation.summary import (
+    KNOWN,
+    THRESHOLDS,
+    Judged,
+    comparisons,
+    distances,
+    row,
+    sync_measures,
+)
 from keysync_jax.evaluation.systems import System
 from keysync_jax.evaluation.world import WORLD_METRICS
 from keysync_jax.files import locked, make_folder, settle, sha256_once, sweep, write_text
@@ -270,8 +278,12 @@ class _Job:
                     part = resampling.of([names.index(clip) for clip in one.clips])
                     # A mouth at rest has no speech of its own to compare its silence with.
                     other = real if one.system == FROZEN else None
-                    rows.append(row(one, reference, part, voices, self.inputs.partners, sync, other))
-        used = [name for name in KNOWN if any(name in c for r in rows for c in r["cells"].values())]
+                    made = row(one, reference, part, voices, self.inputs.partners, sync, other)
+                    if one is not real:
+                        made["distances"] = distances(one, real, reference, self.settings.seed)
+                    rows.append(made)
+        tables = [table for r in rows for table in (*r["cells"].values(), *r["distances"].values())]
+        used = [name for name in KNOWN if any(name in table for table in tables)]
         tested = [one for one in judged if one.system not in ANCHORS]
         return {
             "format": FORMAT,

@@ -3,18 +3,18 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keysync_jax.evaluation.inputs import Inputs, Prepared, Voiced
+from keysync_jax.evaluation.inputs import Inputs, Prepared
 from keysync_jax.evaluation.protocol import Cell
 from keysync_jax.evaluation.runs import Run
 from keysync_jax.evaluation.world import WorldMeter
-from keysync_jax.files import fingerprint, sha256_once, write_json
+from keysync_jax.files import fingerprint, replacing, sha256_once, write_json
 from keysync_jax.media.crop import crop_track
 from keysync_jax.media.landmarks import save_landmarks
 from keysync_jax.media.video import read_frames
@@ -38,16 +38,20 @@ class Scored:
       values: metric -> number, which may be infinite.
       missing: metric -> why it has none.
       series: name -> numbers over time.
+      features: `.npz` file of what distances of sets are made from, arrays `[N, D]` by name; None: nothing.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    features: Path | None = None
 
-    @property
     def record(self) -> Record:
-        """As the registry's metrics of sets take it."""
-        return Record(self.values, {}, {name: np.array(x) for name, x in self.series.items()})
+        """As the registry's distances of sets take it; the features are read."""
+        if self.features is None:
+            return Record(self.values)
+        with np.load(self.features, allow_pickle=False) as arrays:
+            return Record(self.values, {}, dict(arrays))
 
 
 class Scorer:
@@ -90,15 +94,22 @@ class Scorer:
             **self._fixed,
         }
         path = self.folder / f"{fingerprint(depends)[:16]}.json"
+        features = path.with_suffix(".npz")
         if path.is_file():
-            return Scored(**_infinite(json.loads(path.read_bytes())))
-        scored = self._scored(run.video, cell, clip, inputs[voiced.scored], voiced, depends["frames"])
+            kept = Scored(**_infinite(json.loads(path.read_bytes())))
+            return replace(kept, features=features) if features.is_file() else kept
+        scored, arrays = self._scored(run.video, cell, clip, inputs[voiced.scored], depends["frames"])
+        if arrays:
+            with replacing(features) as partial, partial.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+        # Last, because with it the scores are complete.
         write_json(path, _finite(scored))
-        return scored
+        return replace(scored, features=features) if arrays else scored
 
     def _scored(
-        self, video: Path, cell: Cell, clip: Prepared, driving: Prepared, voiced: Voiced, frames: int
-    ) -> Scored:
+        self, video: Path, cell: Cell, clip: Prepared, driving: Prepared, frames: int
+    ) -> tuple[Scored, dict[str, np.ndarray]]:
+        """The scores of a dub, and its features by name."""
         subject = self._subject(video, cell, clip, driving, frames)
         reading, world = self.bench.start(subject), self._world(clip, driving, frames)
         for moment in islice(_moments(video, subject, clip, driving), frames):
@@ -114,11 +125,12 @@ class Scorer:
                     series[key] = found
                 elif isinstance(found, float):
                     values[key] = found
-        return Scored(
+        scored = Scored(
             {name: _rounded(value) for name, value in values.items()},
             {name: why for name, why in missing.items() if name not in values},
             {name: [_rounded(float(x)) for x in found] for name, found in series.items() if found.ndim == 1},
         )
+        return scored, {name: found for name, found in series.items() if found.ndim > 1}
 
     def _subject(self, video: Path, cell: Cell, clip: Prepared, driving: Prepared, frames: int) -> Subject:
         """What is known of the clip before its frames are read."""

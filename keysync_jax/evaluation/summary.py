@@ -1,6 +1,6 @@
 """From the scores of single dubs to tables: means with intervals, leakage, comparisons; of JSON's types."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,10 +8,11 @@ import numpy as np
 
 from keysync_jax.evaluation.protocol import Cell, Reference
 from keysync_jax.evaluation.scoring import Scored
-from keysync_jax.evaluation.statistics import Estimate, Resampling, compare, estimate, holm, shift
+from keysync_jax.evaluation.statistics import Estimate, Resampling, compare, distance, estimate, holm, shift
 from keysync_jax.evaluation.world import WORLD_METRICS
+from keysync_jax.metrics.catalogue import METRICS, Metric, Runs
 from keysync_jax.metrics.leakage import EPSILON
-from keysync_jax.metrics.registry import METRICS, Metric
+from keysync_jax.metrics.meter import Record
 from keysync_jax.metrics.sync import correlation
 
 KNOWN: Mapping[str, Metric] = {**METRICS, **WORLD_METRICS}
@@ -85,6 +86,7 @@ def row(
         "cells": cells,
         "leakage": _leakage(judged, reference, resampling, sync, speaking or judged),
         "chance": _chance(judged, reference, voices, partners),
+        "distances": {},
         "open": _open_shares(judged, Cell("SI", reference)),
     }
 
@@ -92,10 +94,54 @@ def row(
 def _means(judged: Judged, cell: Cell, resampling: Resampling) -> dict[str, Any]:
     found = {}
     for name in KNOWN:
-        values = judged.column(cell, name)
-        if values is not None:
-            found[name] = _told(_mean(values, resampling))
+        # A metric may be without a number for some clips (an offset that nothing shows).
+        having = [i for i, clip in enumerate(judged.clips) if name in judged.scores[cell][clip].values]
+        if having:
+            part = resampling if len(having) == len(judged.clips) else resampling.of(having)
+            values = [judged.scores[cell][judged.clips[i]].values[name] for i in having]
+            found[name] = _told(_mean(np.array(values), part))
     return found
+
+
+def distances(judged: Judged, real: Judged, reference: Reference, seed: int) -> dict[str, dict[str, Any]]:
+    """Distances of the set of dubs from the set of real videos (FID, FVD, CMMD): cell -> metric -> distance.
+
+    On the clips that both have, 4 or more. The interval is that of random halves, whose values are larger;
+    `bias` is what two halves of the real set give.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    clips = [clip for clip in judged.clips if clip in real.clips]
+    for cell in (cell for cell in judged.scores if cell.reference == reference and cell.setup != "SI"):
+        sets = [one.scores[cell][clip] for one in (judged, real) if cell in one.scores for clip in clips]
+        if len(clips) < 4 or len(sets) < 2 * len(clips) or any(one.features is None for one in sets):
+            continue
+        records = [one.record() for one in sets]
+        dubs, truths = records[: len(clips)], records[len(clips) :]
+        for name, metric in METRICS.items():
+            if metric.resampling == "halves" and metric.combine is not None:
+                made = _distance(metric.combine, dubs, truths, seed)
+                found.setdefault(cell.name, {}).update({name: made} if made else {})
+    return found
+
+
+def _distance(
+    combine: Callable[[Runs], float], dubs: Sequence[Record], truths: Sequence[Record], seed: int
+) -> dict[str, Any] | None:
+    """One distance; None where the clips lack its features."""
+
+    def between(real: np.ndarray, of: np.ndarray) -> float:
+        return combine({"real": [truths[i] for i in real], "dub": [dubs[i] for i in of]})
+
+    def within(first: np.ndarray, second: np.ndarray) -> float:
+        return combine({"real": [truths[i] for i in first], "dub": [truths[i] for i in second]})
+
+    try:
+        found = distance(between, within, len(dubs), seed)
+    except ValueError:
+        return None
+    halves = found.halves
+    told = {"value": found.value, "low": halves.low, "high": halves.high, "bias": found.bias}
+    return {**{key: _number(x) for key, x in told.items()}, "clips": found.clips}
 
 
 def _mean(values: np.ndarray, resampling: Resampling) -> Estimate:

@@ -121,7 +121,7 @@ class Meter(Protocol):
 Start: TypeAlias = Callable[[Subject], Meter]
 """Begins a clip. What costs time to open (networks) is in it already, so one serves all clips."""
 
-Open: TypeAlias = Callable[[Path], Start]
+Open: TypeAlias = Callable[[Path], "Start | Unavailable"]
 """Opens a measure, with the folder of the weights."""
 
 

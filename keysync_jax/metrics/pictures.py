@@ -8,8 +8,8 @@ from keysync_jax.media.crop import crop_frame
 from keysync_jax.metrics.meter import Found, Moment, Start, Subject, Unavailable
 from keysync_jax.metrics.quality import BRIGHTEST, SSIM_EDGE, laplacian_variance, ssim_map
 
-SHARP_SIZE = 512
-"""Side that the face's crop is resized to before its Laplacian is taken."""
+SHOWN = 512
+"""Side that the face's crop is resized to where a metric depends on the size."""
 
 _REGIONS = ("", "_inside", "_outside")
 
@@ -34,6 +34,10 @@ class Square:
         """Of a frame or a mask of its size, not resized."""
         x0, y0, x1, y1 = self.box(picture.shape)
         return picture[y0:y1, x0:x1]
+
+    def shown(self, frame: np.ndarray) -> np.ndarray:
+        """The crop at 512 pixels or, without boxes, the frame as it is: of one size in all of a clip."""
+        return frame if self._boxes is None else crop_frame(frame, self._boxes[self._t], SHOWN)
 
 
 class Pictures:
@@ -88,14 +92,12 @@ class Sharpness:
     """Variance of the Laplacian, of the crop at 512 pixels or, without boxes, of the frame as it is."""
 
     def __init__(self, subject: Subject) -> None:
-        self._boxes = subject.boxes
+        self._square = Square(subject.boxes)
         self._found: list[float] = []
 
     def update(self, moment: Moment) -> None:
-        frame = moment.frame
-        if self._boxes is not None:
-            frame = crop_frame(frame, self._boxes[len(self._found)], SHARP_SIZE)
-        self._found.append(laplacian_variance(frame))
+        self._square.next()
+        self._found.append(laplacian_variance(self._square.shown(moment.frame)))
 
     def result(self) -> Found:
         return {"vl": float(np.mean(self._found)) if self._found else Unavailable("there is no frame")}

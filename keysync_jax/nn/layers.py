@@ -39,6 +39,20 @@ class LayerNorm(nnx.LayerNorm):
             return super().__call__(x, **kwargs)
 
 
+class BatchNorm(nnx.Module):
+    """Batch normalisation with the statistics of training, for a finished network: `[..., C]` -> same."""
+
+    def __init__(self, dim: int, *, epsilon: float = 1e-5, rngs: nnx.Rngs):
+        self.epsilon = epsilon
+        zeros, ones = nnx.initializers.zeros, nnx.initializers.ones
+        self.scale, self.var = (nnx.Param(ones(rngs.params(), (dim,))) for _ in range(2))
+        self.bias, self.mean = (nnx.Param(zeros(rngs.params(), (dim,))) for _ in range(2))
+
+    def __call__(self, x: Array) -> Array:
+        factor = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
+        return (x - self.mean[...]) * factor + self.bias[...]
+
+
 class Conv2d(nnx.Conv):
     """A convolution of `[N, H, W, C]` with torch's padding: the same number on both sides.
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from keysync_jax.extras import EXTRAS
+from keysync_jax.metrics.catalogue import MEASURES, METRICS, WEIGHTS
 from keysync_jax.metrics.landmarks import landmark_distance
 from keysync_jax.metrics.meter import NEEDS, Moment, Record, Subject, Unavailable
 from keysync_jax.metrics.quality import laplacian_variance, psnr, ssim_map
-from keysync_jax.metrics.registry import MEASURES, METRICS, WEIGHTS, Bench, combine, provenance, unavailable
+from keysync_jax.metrics.registry import Bench, combine, provenance, unavailable
 
 ROOT = Path(__file__).parents[2]
 PLAIN = [name for name, measure in MEASURES.items() if not measure.weights and not measure.packages]
@@ -47,6 +48,7 @@ def test_each_row_names_what_exists() -> None:
         assert callable(getattr(importlib.import_module(f"keysync_jax.metrics.{module}"), function)), name
         assert set(measure.weights) <= set(WEIGHTS), name
         assert set(measure.packages) <= set(EXTRAS), name
+        assert bool(measure.packages) == bool(measure.extra), name
     assert {m.measure for m in METRICS.values()} == set(MEASURES)
 
 

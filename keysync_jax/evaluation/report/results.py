@@ -21,6 +21,12 @@ ABOUT = (
     "leaks everything; the frozen mouth shows what is read of one that never moves."
 )
 
+ABOUT_SETS = (
+    "Such a distance grows as clips get fewer. In brackets: the range of random halves of the clips, "
+    "drawn without replacement; real halves: the distance between two halves of the real videos, which "
+    "is all bias."
+)
+
 ABOUT_LSD = (
     "An absolute difference is above 0 by chance alone. Chance: its mean where the two setups are "
     "exchanged at random within clips; p: the share of exchanges that reach it. LSD rises as well for a"
@@ -35,7 +41,7 @@ def results(content: Mapping[str, Any]) -> list[str]:
     if not made:
         return ["<p>No dub could be scored.</p>"]
     about = ABOUT.format(draws=content["settings"]["draws"])
-    return [results_table(content, made), note(about), _legend(made), *_lsd(content)]
+    return [results_table(content, made), note(about), _legend(made), *_lsd(content), *_bias(content)]
 
 
 def results_table(content: Mapping[str, Any], made: Sequence[Column]) -> str:
@@ -85,6 +91,22 @@ def cell(found: Mapping[str, Any] | None, best: float | None = None) -> str:
     interval = spread(found)
     small = f"<small>{interval}</small>" if interval else ""
     return f'<td data-value="{float(value)}"{marked}>{number(value)}{small}</td>'
+
+
+def _bias(content: Mapping[str, Any]) -> list[str]:
+    """Distances of sets beside what so few clips give of themselves."""
+    rows = [
+        f"<tr><th>{escape(name_of(row))}</th>{cells('td', [content['metrics'][name]['title'], run], 'text')}"
+        f"{cell(found)}<td>{number(found['bias'])}</td></tr>"
+        for row in ordered(content)
+        for run, table in row["distances"].items()
+        for name, found in table.items()
+    ]
+    if not rows:
+        return []
+    heads = f"<tr>{cells('th', ['system'])}{cells('th', ['distance', 'run'], 'text')}"
+    heads += cells("th", ["value [halves]", "real halves"]) + "</tr>"
+    return ["<h3>Distances of sets</h3>", table(heads, rows), note(ABOUT_SETS)]
 
 
 def _legend(made: Sequence[Column]) -> str:

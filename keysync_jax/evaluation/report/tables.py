@@ -93,8 +93,9 @@ def _metric_columns(content: Mapping[str, Any], details: bool) -> Iterator[Colum
 
             def of(row: Mapping[str, Any], setup: str = setup, name: str = name) -> Mapping[str, Any] | None:
                 reference = row["reference"]
-                cell = row["cells"].get(f"{setup}-{reference}" if reference else setup, {})
-                found: Mapping[str, Any] | None = cell.get(name)
+                run = f"{setup}-{reference}" if reference else setup
+                table = {**row["cells"].get(run, {}), **row["distances"].get(run, {})}
+                found: Mapping[str, Any] | None = table.get(name)
                 return found
 
             yield Column(setup, metric["title"], metric["better"], metric["unit"], metric["what"], of)
@@ -205,7 +206,7 @@ def as_csv(content: Mapping[str, Any]) -> str:
         for key, found in row["leakage"].items():
             if isinstance(found, Mapping):
                 writer.writerow([*head, "leakage", key, LEAKAGE[key][1], "", *_numbers(found)])
-        for cell, metrics in row["cells"].items():
+        for cell, metrics in (*row["cells"].items(), *row["distances"].items()):
             for name, found in metrics.items():
                 metric = content["metrics"][name]
                 writer.writerow([*head, cell, name, metric["better"], metric["unit"], *_numbers(found)])
