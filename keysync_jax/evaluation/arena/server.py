@@ -222,8 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
         if part is None:
             self._head(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, kind, 0, Content_Range=f"bytes */{size}")
             return
-        first, last = part
-        if self.headers.get("Range"):
+        first, last, is_part = part
+        if is_part:
             place = f"bytes {first}-{last}/{size}"
             self._head(
                 HTTPStatus.PARTIAL_CONTENT, kind, last - first + 1, Accept_Ranges="bytes", Content_Range=place
@@ -246,16 +246,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Prints nothing."""
 
 
-def _part(asked: str | None, size: int) -> tuple[int, int] | None:
-    """First and last byte of what was asked for; None where there is none of it.
+def _part(asked: str | None, size: int) -> tuple[int, int, bool] | None:
+    """First and last byte of what was asked for, and whether it is a range; None where there is none of it.
 
     What is no single range of bytes is answered with the whole.
     """
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", (asked or "").strip())
     if found is None or found.groups() == ("", ""):
-        return 0, size - 1
+        return 0, size - 1, False
     first, last = found.groups()
     if not first:
-        return (max(0, size - int(last)), size - 1) if int(last) and size else None
+        return (max(0, size - int(last)), size - 1, True) if int(last) and size else None
     end = min(int(last), size - 1) if last else size - 1
-    return (int(first), end) if int(first) <= end else None
+    return (int(first), end, True) if int(first) <= end else None
