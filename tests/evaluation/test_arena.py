@@ -210,9 +210,7 @@ def test_what_the_votes_say(tmp_path: Path, folder: Path, capsys: pytest.Capture
     systems = {name: [f"c{i}" for i in range(8)] for name in SYSTEMS}
     order = {name: rank for rank, name in enumerate(SYSTEMS)}
     for voter in ("anna", "bert", "carl"):
-        for number, question in enumerate(
-            questions({n: [f"c{i}" for i in range(8)] for n in SYSTEMS}, voter, 0)
-        ):
+        for number, question in enumerate(questions(systems, voter, 0)):
             better = min((question.left, question.right), key=lambda name: order.get(name, 9))
             choice = "tie" if number % 5 == 4 else "left" if better == question.left else "right"
             save_vote(folder, voter, question, choice, {})

@@ -13,6 +13,9 @@ SHAPES = 6
 COLOURS = 8
 
 WIDTH, HEIGHT = 560, 300
+LETTER, LINE_HEIGHT = 6.4, 13.5
+"""Pixels of a letter and of a line of the names in a plane, about."""
+
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 42
 
 
@@ -122,7 +125,9 @@ def plane(points: Sequence[Point], x_title: str, y_title: str) -> str:
     ys = [value for p in points for value in (p.y, *(p.y_range or ()))]
     frame = _Frame(_widened(min(0.0, *xs), max(xs)), _widened(min(0.0, *ys), max(ys)), 640, 420)
     parts = frame.drawn(x_title, y_title)
-    taken: list[tuple[float, float, float]] = []
+    # Names keep clear of each other and of all points: (left, right, height) of what is there.
+    places = [(frame.at_x(p.x), frame.at_y(p.y)) for p in points]
+    taken = [(x - 7, x + 7, y) for x, y in places]
     for point in points:
         x, y = frame.at_x(point.x), frame.at_y(point.y)
         parts.append(f'<g class="point c{point.kind % COLOURS}"><title>{escape(point.name)}</title>')
@@ -133,26 +138,31 @@ def plane(points: Sequence[Point], x_title: str, y_title: str) -> str:
             low, high = (_n(frame.at_y(v)) for v in point.y_range)
             parts.append(f'<line x1="{_n(x)}" y1="{low}" x2="{_n(x)}" y2="{high}"/>')
         parts.append(marker(x, y, point.kind))
-        place, anchor = _free_place(taken, x, y, point.name, frame.width)
-        shift = 9 if anchor == "start" else -9
-        parts.append(
-            f'<text x="{_n(x + shift)}" y="{_n(place)}" dy="-.45em" text-anchor="{anchor}">'
-            f"{escape(point.name)}</text></g>"
-        )
+        left, height = _free_place(taken, x, y, point.name, frame.width)
+        place = f'x="{_n(left)}" y="{_n(height)}" dy=".32em"'
+        parts.append(f"<text {place}>{escape(point.name)}</text></g>")
     return frame.svg(parts, f"{y_title} against {x_title}")
 
 
 def _free_place(
     taken: list[tuple[float, float, float]], x: float, y: float, name: str, width: int
-) -> tuple[float, str]:
-    """Height and anchor of a name beside its point, below those that are there already."""
-    reach = 6.3 * len(name) + 12
-    anchor = "start" if x + reach < width - RIGHT else "end"
-    left = x if anchor == "start" else x - reach
-    while any(abs(y - other) < 13 and left < end and start < left + reach for start, end, other in taken):
-        y += 13
-    taken.append((left, left + reach, y))
-    return y, anchor
+) -> tuple[float, float]:
+    """Left end and height of a name beside its point, where nothing is; that place is taken then."""
+    reach = LETTER * len(name)
+    sides = [left for left in (x + 10, x - 10 - reach) if left > LEFT and left + reach < width]
+    heights = [y + step * LINE_HEIGHT for step in (0, -1, 1, -2, 2, -3, 3)]
+    free = (
+        (left, height)
+        for height in heights
+        for left in sides or [x + 10]
+        if not any(
+            abs(height - other) < LINE_HEIGHT and left < end and start < left + reach
+            for start, end, other in taken
+        )
+    )
+    left, height = next(free, (x + 10, y))
+    taken.append((left, left + reach, height))
+    return left, height
 
 
 def marker(x: float, y: float, kind: int) -> str:

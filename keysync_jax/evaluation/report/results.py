@@ -75,10 +75,8 @@ def _best(content: Mapping[str, Any], column: Column) -> float | None:
     """The best value of the systems, anchors aside; None where no side is better."""
     rows = [row for row in content["rows"] if row["system"] not in ANCHORS]
     found = [float(e["value"]) for row in rows if (e := column.of(row)) and e["value"] is not None]
-    if len(found) < 2 or column.better == "reference":
+    if len(found) < 2 or column.better in ("reference", "zero"):
         return None
-    if column.better == "zero":
-        return min(found, key=abs)
     return max(found) if column.better == "higher" else min(found)
 
 

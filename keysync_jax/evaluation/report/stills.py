@@ -7,8 +7,9 @@ from itertools import islice
 import cv2
 import numpy as np
 
-from keysync_jax.evaluation.anchors import REAL
+from keysync_jax.evaluation.anchors import ANCHORS, REAL
 from keysync_jax.evaluation.evaluate import Evaluation
+from keysync_jax.evaluation.protocol import references_of
 from keysync_jax.media.crop import crop_frame, crop_track
 from keysync_jax.media.video import read_frames
 
@@ -63,8 +64,9 @@ def _taken(evaluation: Evaluation, clip: str, at: int) -> Iterator[Still]:
     if prepared.landmarks is not None:
         box = crop_track(prepared.landmarks, np.ones(prepared.frames, bool), height, width)[at]
     kept: dict[str, bytes] = {}
+    first = references_of(evaluation.content["protocol"])[0]
     for (system, cell, name), video in evaluation.videos.items():
-        if name != clip:
+        if name != clip or (system in ANCHORS and not cell.endswith(first)):
             continue
         if str(video) not in kept:
             frame = next(islice(read_frames(video), at, None), None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keysync_jax.evaluation.anchors import ANCHORS
+from keysync_jax.evaluation.summary import DETAILS
 
 ARROWS = {"higher": "↑", "lower": "↓", "zero": "→ 0", "reference": "→ real"}
 LATEX_ARROWS = {
@@ -18,21 +19,6 @@ LATEX_ARROWS = {
     "zero": r"$\to 0$",
     "reference": r"$\to$ real",
 }
-
-DETAILS = frozenset(
-    {
-        "psnr_inside",
-        "ssim_inside",
-        "ssim_outside",
-        "lmd_sum",
-        "lmd_eyes",
-        "mar_open",
-        "lag",
-        "gain",
-        "mar_std",
-    }
-)
-"""Metrics of clips that stand in the large table alone."""
 
 OF_SETUP = {"source": ("XM",), "vl": ("AM",)}
 """Metrics that say something in some setups alone, of the small table."""
