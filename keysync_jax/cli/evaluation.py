@@ -184,7 +184,7 @@ def add_arena(commands: Commands) -> None:
 
 
 def _arena(arguments: argparse.Namespace) -> int:
-    from keysync_jax.evaluation.arena.contestants import find_contestants
+    from keysync_jax.evaluation.arena.contestants import find_contestants, shown_alike
     from keysync_jax.evaluation.arena.results import results
     from keysync_jax.evaluation.arena.server import Arena, make_server
     from keysync_jax.evaluation.arena.votes import load_votes
@@ -194,7 +194,8 @@ def _arena(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.seed < 0:
         raise UserError(f"the seed is 0 or more, not {arguments.seed}")
-    arena = Arena(arguments.folder, find_contestants(arguments.folder), arguments.seed)
+    found = find_contestants(arguments.folder)
+    arena = Arena(arguments.folder, shown_alike(found, arguments.folder, True), arguments.seed)
     with make_server(arena, arguments.port) as server:
         print(f"open http://127.0.0.1:{server.server_address[1]} in a browser; Ctrl-C ends", flush=True)
         server.serve_forever()

@@ -21,8 +21,8 @@ SYNC_MEASURES = (("sync",), ("lse_c", "lse_d"))
 """What leakage is read by: in the synthetic world its own reader, else SyncNet's two."""
 
 DETAILS = frozenset({
-    "psnr_inside", "psnr_outside", "ssim_inside", "ssim_outside", "lmd_sum", "lmd_eyes", "mar_open", "mar_std",
-    "lag", "gain", "speaking_share", "av_offset",
+    "psnr_inside", "psnr_outside", "ssim_inside", "ssim_outside", "lmd_sum", "lmd_eyes", "mar_open",
+    "mar_std", "lag", "gain", "speaking_share", "av_offset",
 })  # fmt: skip
 """Metrics of clips that stand in the large table alone, and that systems are not compared by."""
 

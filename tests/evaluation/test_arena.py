@@ -11,7 +11,7 @@ import pytest
 
 from keysync_jax.cli import main
 from keysync_jax.errors import UserError
-from keysync_jax.evaluation.arena.contestants import broken_video, find_contestants
+from keysync_jax.evaluation.arena.contestants import SHOWN, broken_video, find_contestants, shown_alike
 from keysync_jax.evaluation.arena.results import results
 from keysync_jax.evaluation.arena.server import HOST, Arena, make_server
 from keysync_jax.evaluation.arena.votes import (
@@ -78,7 +78,7 @@ class serving:  # noqa: N801
     """A server of a folder in a thread: a context manager that gives its port."""
 
     def __init__(self, folder: Path):
-        self._server = make_server(Arena(folder, find_contestants(folder)))
+        self._server = make_server(Arena(folder, shown_alike(find_contestants(folder), folder)))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
     def __enter__(self) -> int:
@@ -127,7 +127,7 @@ def test_voters_are_asked_everything_and_go_on_where_they_were(folder: Path, cli
 
 def test_videos_can_be_sought(folder: Path, client: Client) -> None:
     found = client.next("anna")
-    whole = {p.read_bytes() for p in folder.rglob("*.mp4")}
+    whole = {p.read_bytes() for p in (folder / SHOWN).glob("*.mp4")}
     status, headers, body = client.ask(f"/video/{found['videos'][0]}")
     assert (status, headers["Content-Type"], headers["Accept-Ranges"]) == (200, "video/mp4", "bytes")
     assert body in whole
@@ -194,9 +194,9 @@ def test_a_vote_that_was_cut_off_is_asked_again(tmp_path: Path) -> None:
         load_votes(tmp_path)
 
 
-def test_a_planted_video_runs_backwards(folder: Path, tmp_path: Path) -> None:
+def test_a_planted_video_runs_backwards(folder: Path) -> None:
     video = folder / "alpha" / "clip0.mp4"
-    found = broken_video(video, tmp_path / "planted", "x")
+    found = broken_video(video)
     there, back = (list(read_frames(path)) for path in (video, found))
     assert len(there) == len(back)
     for a, b in ((0, -1), (-1, 0)):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from keysync_jax.evaluation.anchors import ANCHORS
 from keysync_jax.evaluation.evaluate import Evaluation
+from keysync_jax.evaluation.protocol import Setup
 from keysync_jax.evaluation.report.page import page
 from keysync_jax.evaluation.report.stills import stills
 from keysync_jax.evaluation.report.tables import as_csv, latex, markdown
@@ -41,11 +42,16 @@ def write_report(evaluation: Evaluation, folder: Path) -> Written:
     return Written(folder / PAGE, "\n".join([text, *notes]))
 
 
-def _videos(evaluation: Evaluation) -> Mapping[str, Mapping[str, str]]:
-    """System -> clip -> its dub with a foreign voice, where there is one; else with its own."""
-    found: dict[str, dict[str, str]] = {}
-    for setup in ("AM", "XM"):
+def _videos(evaluation: Evaluation) -> Mapping[str, Mapping[str, Mapping[str, str]]]:
+    """System -> clip -> its dub with a foreign voice, else with its own, and the voice."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    setups: tuple[Setup, ...] = ("AM", "XM")
+    for setup in setups:
         for (system, cell, clip), video in evaluation.videos.items():
             if cell.startswith(setup) and system not in ANCHORS:
-                found.setdefault(system, {})[clip] = str(video.resolve())
+                voice = evaluation.inputs.voiced(clip, setup).audio
+                found.setdefault(system, {})[clip] = {
+                    "video": str(video.resolve()),
+                    "voice": str(voice.resolve()),
+                }
     return found
