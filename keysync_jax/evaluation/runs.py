@@ -94,17 +94,17 @@ def run(system: System, cell: Cell, name: str, inputs: Inputs, folder: Path, set
     voiced = inputs.voiced(name, cell.setup)
     values, made_from = _values(system, cell, name, inputs, voiced)
     place = folder / fingerprint(made_from)[:16]
-    kept = _kept(place)
+    size = inputs[name].size
+    kept = _kept(place, size, voiced.frames, settings.slack)
     if kept is not None and kept.failure is not None and settings.retry:
         shutil.rmtree(place)
         kept = None
     if kept is None:
         with new_folder(place) as partial:
-            seconds, words = _call(system.words({**values, "out": str(partial / DUB)}), partial, settings)
-            failure = words or check(partial / DUB, inputs[name].size, voiced.frames, settings.slack)
-            made = {"format": FORMAT, "from": made_from, "failure": failure, "seconds": round(seconds, 2)}
+            seconds, why = _call(system.words({**values, "out": str(partial / DUB)}), partial, settings)
+            made = {"format": FORMAT, "from": made_from, "failure": why, "seconds": round(seconds, 2)}
             write_json(partial / RUN, made)
-        kept = _kept(place)
+        kept = _kept(place, size, voiced.frames, settings.slack)
     assert kept is not None
     return kept
 
@@ -166,15 +166,16 @@ def _values(
     return values, made_from
 
 
-def _kept(place: Path) -> Run | None:
-    """A run that is there."""
+def _kept(place: Path, size: tuple[int, int], frames: int, slack: int) -> Run | None:
+    """A run that is there, checked."""
     try:
         made = json.loads((place / RUN).read_bytes())
     except FileNotFoundError:
         return None
-    if made["failure"] is not None:
-        return Run(None, str(made["failure"]), seconds=made["seconds"])
     video = place / DUB
+    failure = made["failure"] or check(video, size, frames, slack)
+    if failure:
+        return Run(None, str(failure), seconds=made["seconds"])
     return Run(video, frames=len(scan_timeline(video)), seconds=made["seconds"])
 
 

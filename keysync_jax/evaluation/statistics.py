@@ -29,7 +29,7 @@ class Estimate:
 
     Attributes:
       value: of all clips.
-      low, high: percentiles of the draws, `LEVEL` of them between.
+      low, high: percentiles of the draws, `LEVEL` of them between; NaN where there is one speaker alone.
       clips: how many it is of.
     """
 
@@ -82,7 +82,14 @@ class Resampling:
     def mean(self, values: np.ndarray) -> Estimate:
         """The mean of finite values `[clips]` with its interval."""
         values = np.asarray(values, np.float64)
-        return estimate(float(values.mean()), self.means(values), len(values))
+        return self.estimate(float(values.mean()), self.means(values))
+
+    def estimate(self, value: float, draws: np.ndarray) -> Estimate:
+        """A number of all clips with the interval of its draws; a single speaker tells nothing of others."""
+        clips = len(self.units)
+        if self.units.max() == 0:
+            return Estimate(value, float("nan"), float("nan"), clips)
+        return estimate(value, draws, clips)
 
     def by_unit(self, values: np.ndarray) -> np.ndarray:
         """Sums of values `[clips, ...]` over the clips of each unit: `[units, ...]`."""
@@ -129,7 +136,7 @@ def compare(first: np.ndarray, second: np.ndarray, resampling: Resampling) -> Co
     # Normal quantiles of the level (two-sided) and of the power.
     reach = _normal_quantile((1 + LEVEL) / 2) + _normal_quantile(POWER)
     return Comparison(
-        estimate(float(differences.mean()), draws, len(differences)),
+        resampling.estimate(float(differences.mean()), draws),
         permutation_test(sums, resampling.seed),
         wilcoxon(sums),
         float(reach * draws.std()),
@@ -223,7 +230,7 @@ def shift(matched: np.ndarray, mismatched: np.ndarray, resampling: Resampling) -
     exchanged = [np.abs(block @ sums).mean(axis=1) for block in signs_of(len(sums), resampling.seed)]
     null = np.concatenate(exchanged) / len(matched)
     return Shift(
-        estimate(value, draws, len(matched)),
+        resampling.estimate(value, draws),
         tuple(float(x) for x in first - second),
         float(null.mean()),
         float((1 + (null >= value - 1e-12).sum()) / (1 + len(null))),

@@ -8,7 +8,7 @@ import numpy as np
 
 from keysync_jax.evaluation.protocol import Cell, Reference
 from keysync_jax.evaluation.scoring import Scored
-from keysync_jax.evaluation.statistics import Estimate, Resampling, compare, distance, estimate, holm, shift
+from keysync_jax.evaluation.statistics import Estimate, Resampling, compare, distance, holm, shift
 from keysync_jax.evaluation.world import WORLD_METRICS
 from keysync_jax.metrics.catalogue import METRICS, Metric, Runs
 from keysync_jax.metrics.leakage import EPSILON
@@ -168,7 +168,7 @@ def _leakage(
         if still is not None and moving is not None:
             draws = resampling.means(still) / (resampling.means(moving) + EPSILON)
             value = float(still.mean() / (moving.mean() + EPSILON))
-            found["lip_leak"] = _told(estimate(value, draws, len(still)))
+            found["lip_leak"] = _told(resampling.estimate(value, draws))
             found["lip_leak_clips"] = float(np.median(still / (moving + EPSILON)))
     if judged.has(silent):
         for name, metric in {"lip_leak_lite": "mar_open", "gain_s": "gain"}.items():

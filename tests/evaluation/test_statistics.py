@@ -130,3 +130,9 @@ def test_a_distance_of_sets_tells_its_bias() -> None:
     assert found.bias == pytest.approx(2 * 20 / (n / 2), rel=0.35)
     with pytest.raises(ValueError, match="4 clips"):
         distance(between, within, 3)
+
+
+def test_a_single_speaker_has_no_interval() -> None:
+    found = Resampling(["a", "a"], draws=20).mean(np.array([1.0, 2.0]))
+    assert (found.value, found.clips) == (1.5, 2)
+    assert np.isnan([found.low, found.high]).all()
