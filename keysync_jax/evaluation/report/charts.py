@@ -13,7 +13,7 @@ SHAPES = 6
 COLOURS = 8
 
 WIDTH, HEIGHT = 560, 300
-LETTER, LINE_HEIGHT = 6.4, 13.5
+LETTER, LINE_HEIGHT = 7.3, 13.5
 """Pixels of a letter and of a line of the names in a plane, about."""
 
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 42
