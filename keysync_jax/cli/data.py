@@ -50,7 +50,37 @@ def add_prepare(commands: Commands) -> None:
     parser.add_argument(
         "--retry-skipped", action="store_true", help="try the clips again that an earlier call skipped"
     )
+    _add_curation(parser)
     parser.set_defaults(run=_prepare, resumable=True, less_memory="try --dtype bf16")
+
+
+_THRESHOLDS = {
+    "most_cuts": "scene cuts (default 0)",
+    "least_face": "larger side of the face's box, pixels (default 100)",
+    "least_quality": "HyperIQA (default 0.4)",
+    "least_speaking": "Light-ASD's mean probability (default 0.75)",
+    "most_offset": "frames between picture and voice (default 6)",
+    "least_confidence": "LSE-C (default 3)",
+}
+
+
+def _add_curation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("curation", "leave out clips that are not worth training on")
+    group.add_argument(
+        "--curate",
+        type=Path,
+        metavar="DIR",
+        help="score the clips, in DIR, and go on with those that do; without -o stop there",
+    )
+    group.add_argument(
+        "--curate-by",
+        default="cuts,face,quality,speaking,sync",
+        metavar="NAME,NAME",
+        help="which scores count (default all: cuts,face,quality,speaking,sync)",
+    )
+    group.add_argument("--weights", type=Path, metavar="DIR", help="of the metrics, see docs/metrics.md")
+    for name, what in _THRESHOLDS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=what)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -60,9 +90,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
         dataset = check(arguments.check, show_progress=True)
         print(f"{arguments.check}: {len(dataset.manifest.clips)} clips, every shard and record is whole")
         return 0
-    if arguments.output is None or not arguments.source:
-        raise UserError("prepare needs SOURCE and -o DATASET, or --check DATASET")
+    if not arguments.source or (arguments.output is None and arguments.curate is None):
+        raise UserError("prepare needs SOURCE and -o DATASET, or --check DATASET, or SOURCE and --curate DIR")
     keep_compiled_programs()
+    source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
+    if arguments.curate is not None:
+        source = _curate(arguments, source)
+        if arguments.output is None:
+            return 0
     settings = PrepareSettings(
         encoders=tuple(filter(None, arguments.encoders.split(","))),
         pitch=_semitones(arguments.pitch),
@@ -76,9 +111,26 @@ def _prepare(arguments: argparse.Namespace) -> int:
         crop=arguments.crop,
         retry_skipped=arguments.retry_skipped,
     )
-    source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
     print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())
     return 0
+
+
+def _curate(arguments: argparse.Namespace, source: Path | list[Path]) -> Path | list[Path]:
+    """The videos to go on with."""
+    from keysync_jax.evaluation.curation import CurationSettings, curate
+
+    given = {name: getattr(arguments, name) for name in _THRESHOLDS}
+    settings = CurationSettings(
+        by=tuple(filter(None, arguments.curate_by.split(","))),
+        weights=arguments.weights,
+        landmarks=arguments.landmarks,
+        landmark_model=arguments.landmark_model,
+        allow_download=arguments.allow_download,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    found = curate(source, arguments.curate, settings, show_progress=True)
+    print(found.table())
+    return list(found.kept)
 
 
 def _semitones(text: str) -> tuple[float, ...]:

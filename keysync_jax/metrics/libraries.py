@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import cv2
 import numpy as np
 
-from keysync_jax.errors import UserError
 from keysync_jax.metrics.meter import Found, Moment, Start, Subject, Unavailable
 from keysync_jax.metrics.pictures import Square
 
@@ -185,10 +184,10 @@ def middle(picture: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Libraries that would fetch files fail in the block, with UserError, before they reach anything."""
+    """In the block no connection can be made: libraries take what their caches have, or fail."""
 
     def refuse(*_: Any) -> NoReturn:
-        raise UserError("something would be fetched")
+        raise ConnectionRefusedError("something would be fetched")
 
     connect = socket.socket.connect
     socket.socket.connect = refuse  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import keysync_jax
+from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.files import sha256_once
 from keysync_jax.metrics.catalogue import MEASURES, METRICS, WEIGHTS, Measure, Metric, Runs
 from keysync_jax.metrics.meter import NEEDS, Found, Meter, Moment, Record, Start, Subject, Unavailable
@@ -60,13 +61,22 @@ def provenance(metric: str, weights: Path | None = None) -> dict[str, str]:
             found[package] = "of an unknown version"
     if weights is not None:
         for name in measure.weights:
-            file = weights / WEIGHTS[name].file
-            if file.is_file():
-                found[file.name] = sha256_once(file)
-                if file.suffix == ".safetensors":
-                    found[f"{file.name} is of"] = TensorFile(file).metadata.get("converted_from", "")
+            found |= _origin(weights / WEIGHTS[name].file)
     if measure.noncommercial:
         found["licence"] = "non-commercial use only"
+    return found
+
+
+def _origin(path: Path) -> dict[str, str]:
+    """SHA-256 of a file of weights, or of each in a folder, and what it was converted from."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return {f"{path.name}/{file.name}": sha256_once(file) for file in files}
+    if not path.is_file():
+        return {}
+    found = {path.name: sha256_once(path)}
+    if path.suffix == ".safetensors":
+        found[f"{path.name} is of"] = TensorFile(path).metadata.get("converted_from", "")
     return found
 
 
@@ -176,5 +186,13 @@ def _absent(name: str, subject: Subject) -> Unavailable | None:
 def _opened(measure: Measure, weights: Path | None) -> Start | Unavailable:
     module, _, function = measure.opens.partition(":")
     opens = getattr(importlib.import_module(f"keysync_jax.metrics.{module}"), function)
-    found: Start | Unavailable = opens(weights or Path())
+    try:
+        found: Start | Unavailable = opens(weights or Path())
+    except Exception as error:
+        if isinstance(error, UserError) or machine_fault(error) or not (measure.weights and measure.packages):
+            raise
+        # Libraries raise anything where a file is not what they take it for.
+        files = " and ".join(WEIGHTS[name].file for name in measure.weights)
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{weights}: {files} cannot be used ({first_line})") from error
     return found

@@ -172,3 +172,13 @@ def test_a_subject_needs_a_face_somewhere() -> None:
     landmarks[1] = 0
     assert Subject(3, landmarks=landmarks).has("landmarks")
     assert not dataclasses.replace(Subject(3), streams=frozenset({"speaker"})).has("speaker")
+
+
+def test_the_documentation_has_every_metric_and_every_file() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for metric in METRICS.values():
+        row = f"| `{metric.name}` | {metric.title} | {metric.unit or '-'} | {metric.better} |"
+        assert row in text, metric.name
+    for weights in WEIGHTS.values():
+        assert f"| `{weights.file}` | {weights.what} |" in text
+        assert weights.get in text
