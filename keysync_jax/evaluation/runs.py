@@ -149,9 +149,9 @@ def _values(
         "video": sha256_once(clip.video),
         "audio": sha256_once(voiced.audio),
     }
-    # A script that was changed is another command.
-    files = {word: sha256_once(word) for word in system.command if Path(word).is_file()}
-    made_from |= {"files": files} if files else {}
+    # A script that was changed is another command. Only the first file: others may be logs, which grow.
+    script = next((word for word in (*system.command[1:], *system.command) if Path(word).is_file()), None)
+    made_from |= {} if script is None else {"script": sha256_once(script)}
     if system.wants("reference") or system.wants("reference_index"):
         current = cell.reference == "CR"
         picture = clip.picture() if not current and system.wants("reference") else None
