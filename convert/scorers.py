@@ -34,6 +34,7 @@ from keysync_jax.convert.table import (
     under,
 )
 from keysync_jax.errors import UserError
+from keysync_jax.files import make_folder
 from keysync_jax.hub import Say
 from keysync_jax.model import Network
 from keysync_jax.nn.functional import Make, shapes
@@ -196,6 +197,7 @@ def convert_scorer(
     tensors = open_tensors(source.path)
     _, wanted = scorer_shapes(kind)
     params = SCORERS[kind].table(tensors).to_jax(tensors, wanted, str(checkpoint))
+    make_folder(output.parent)
     write_tensors(output, params, {NETWORK: kind, "converted_from": source.provenance()})
 
 

@@ -28,6 +28,9 @@ from keysync_jax.metrics.catalogue import MEASURES, METRICS, WEIGHTS, Measure, M
 from keysync_jax.metrics.meter import NEEDS, Found, Meter, Moment, Record, Start, Subject, Unavailable
 from keysync_jax.tensorfile import TensorFile
 
+_DISTRIBUTIONS = {"PIL": "pillow"}
+"""Packages that install under another name than they are imported by."""
+
 
 def unavailable(metric: str, weights: Path | None = None) -> Unavailable | None:
     """Why a metric cannot be computed here at all; None where it can.
@@ -56,7 +59,7 @@ def provenance(metric: str, weights: Path | None = None) -> dict[str, str]:
     found = {"computed by": measure.computed_by, "keysync_jax": keysync_jax.__version__}
     for package in measure.packages:
         try:
-            found[package] = version(package)
+            found[package] = version(_DISTRIBUTIONS.get(package, package))
         except PackageNotFoundError:
             found[package] = "of an unknown version"
     if weights is not None:

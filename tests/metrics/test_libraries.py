@@ -73,6 +73,7 @@ def test_a_licence_that_forbids_commercial_use_is_in_the_provenance(weights: Pat
     (weights / WEIGHTS["clip"].file / "model.safetensors").write_bytes(b"x")
     assert len(provenance("cmmd", weights)["clip-vit-large-patch14-336/model.safetensors"]) == 64
     assert provenance("fid", weights)["torch_fidelity"] == "of an unknown version"
+    assert provenance("cmmd", weights)["PIL"][0].isdigit()
 
 
 @pytest.mark.usefixtures("installed")

@@ -176,7 +176,7 @@ def test_weights_of_something_else_are_refused(golden: Path, weights: Path, tmp_
 def test_the_command_converts_one_network_alone(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, made = str(weights / "original.safetensors"), tmp_path / "made.safetensors"
+    original, made = str(weights / "original.safetensors"), tmp_path / "new" / "made.safetensors"
     assert main(["convert", "--syncnet", original, "-o", str(made)]) == 0
     assert made.read_bytes() == (weights / "syncnet.safetensors").read_bytes()
     for more in (["--light-asd", original], ["--vae", original], ["--released"]):
@@ -184,4 +184,4 @@ def test_the_command_converts_one_network_alone(
         assert "convert takes --syncnet alone" in capsys.readouterr().err
     assert main(["convert", "--light-asd", original, "-o", str(tmp_path / "no.safetensors")]) == 2
     assert "tensor 'model.audioEncoder.block1.m_3.weight' is missing" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [made]
+    assert list(tmp_path.iterdir()) == [made.parent]
