@@ -20,15 +20,13 @@ ABOUT_THRESHOLD = (
     "is the threshold's."
 )
 
-ABOUT_MOUTHS = (
-    "Clip {clip}. A mouth that rests in silence is a flat dashed line; the source's own is that of the "
-    "real video."
-)
+ABOUT_MOUTHS = "Clip {clip}. The source's own mouth is that of the real video."
 
-ABOUT_STILLS = (
-    "Clip {clip} at {seconds:.2f} s, where the mouth of the real video is widest: what is open in "
-    "silence (SI) is the source's."
-)
+ABOUT_SILENT_MOUTHS = " A mouth that rests in silence is a flat dashed line."
+
+ABOUT_STILLS = "Clip {clip} at {seconds:.2f} s, where the mouth of the real video is widest."
+
+ABOUT_SILENT_STILLS = " What is open in silence (SI) is the source's."
 
 SMALL = 380, 190
 """Width and height of a chart that stands among others."""
@@ -91,9 +89,10 @@ def mouths(content: Mapping[str, Any]) -> str:
         ]
         chart = lines(drawn, "seconds", "mouth aspect ratio", (0, 1.05 * max(every, default=1.0)), *SMALL)
         charts.append(f"<figure><h3>{escape(system)}</h3>{chart}</figure>")
-    key = legend([("with a voice, foreign where there is one", SPOKEN), ("in silence", SILENT)])
-    words = note(ABOUT_MOUTHS.format(clip=shown["clip"]))
-    return f'{words}{key}<div class="grid">{"".join(charts)}</div>'
+    silence = any(run.startswith("SI") for runs in shown["systems"].values() for run in runs)
+    names = [("with a voice, foreign where there is one", SPOKEN), ("in silence", SILENT)]
+    words = ABOUT_MOUTHS.format(clip=shown["clip"]) + (ABOUT_SILENT_MOUTHS if silence else "")
+    return f'{note(words)}{legend(names if silence else names[:1])}<div class="grid">{"".join(charts)}</div>'
 
 
 def stills_table(stills: Sequence[Still]) -> str:
@@ -109,8 +108,9 @@ def stills_table(stills: Sequence[Still]) -> str:
         + "</tr>"
         for system in systems
     ]
-    words = note(ABOUT_STILLS.format(clip=stills[0].clip, seconds=stills[0].frame / 25))
-    return words + table(f"<tr><th></th>{cells('th', runs)}</tr>", rows, "stills")
+    words = ABOUT_STILLS.format(clip=stills[0].clip, seconds=stills[0].frame / 25)
+    words += ABOUT_SILENT_STILLS if any(run.startswith("SI") for run in runs) else ""
+    return note(words) + table(f"<tr><th></th>{cells('th', runs)}</tr>", rows, "stills")
 
 
 def _still(still: Still | None) -> str:
