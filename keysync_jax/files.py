@@ -124,6 +124,26 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file of text, made where it is missing; it is on the disk when this returns.
+
+    A line that an earlier writer, who was killed, had not finished stays a line of its own. The line goes out
+    in one write, so several processes may add to a file.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with path.open("ab+") as file:
+        file.seek(0, os.SEEK_END)
+        begun = b""
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            begun = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(begun + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def continued(path: Path, suffix: str, busy: str) -> Iterator[Path]:
     """A file beside `path` that a writer who was broken off has begun, or an empty one.

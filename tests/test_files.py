@@ -20,6 +20,7 @@ import pytest
 from keysync_jax import files
 from keysync_jax.errors import UserError
 from keysync_jax.files import (
+    append_line,
     copy_file,
     locked,
     make_folder,
@@ -373,3 +374,13 @@ def test_a_file_is_hashed_once_and_again_when_it_changes(
     assert sha256_once(path) == hashed(path)
     with pytest.raises(UserError, match="cannot be read"):
         sha256_once(tmp_path / "absent")
+
+
+def test_a_line_is_added_whole(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    append_line(path, "one")
+    append_line(path, "two")
+    assert path.read_text() == "one\ntwo\n"
+    path.write_text("one\ntw")  # Its writer was killed.
+    append_line(path, "three")
+    assert path.read_text() == "one\ntw\nthree\n"

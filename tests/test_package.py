@@ -37,12 +37,14 @@ def sources() -> dict[str, Path]:
 
 
 def data() -> set[str]:
-    """Where the files install that travel with the sources: the mouth reader, the model, floors, a mark."""
+    """Where the files install that travel with the sources: mouth reader, model, floors, a mark, pages."""
     files = (ROOT / "keysync_jax").rglob("*.safetensors")
     models = (ROOT / "keysync_jax" / "models").rglob("config.json")
     types = (ROOT / "keysync_jax").rglob("py.typed")
     floors = (ROOT / "keysync_jax").rglob("floors.json")
-    return {file.relative_to(ROOT).as_posix() for file in (*files, *models, *types, *floors)}
+    evaluation = ROOT / "keysync_jax" / "evaluation"
+    pages = [file for kind in ("css", "html", "js") for file in evaluation.rglob(f"*.{kind}")]
+    return {file.relative_to(ROOT).as_posix() for file in (*files, *models, *types, *floors, *pages)}
 
 
 def modules(prefix: str = "keysync_jax") -> list[str]:

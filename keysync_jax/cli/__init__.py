@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         data.add_synth,
         evaluation.add_synth_eval,
         evaluation.add_demo,
+        evaluation.add_evaluate,
+        evaluation.add_arena,
         parity.add_parity,
         benchmark.add_bench,
     ):

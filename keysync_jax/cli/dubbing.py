@@ -32,6 +32,13 @@ def add_dub(commands: Commands) -> None:
         help=".npy or .npz masks [frames, H, W] of what lies before the face",
     )
     parser.add_argument(
+        "--identity",
+        default="first",
+        metavar="first|current|random|dissimilar|N|FILE",
+        help="what shows who it is: a frame of the video (first: of those with a face; N: by number), every"
+        " frame itself (current), or a picture (default first)",
+    )
+    parser.add_argument(
         "--steps", type=int, metavar="N", help="align-your-steps, 10 or more (default: the model's)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
@@ -56,6 +63,7 @@ def _dub(arguments: argparse.Namespace) -> int:
         landmark_model=arguments.landmark_model,
         allow_download=arguments.allow_download,
         occluder=arguments.occluder,
+        identity=arguments.identity,
         steps=arguments.steps,
         seed=arguments.seed,
         dtype=arguments.dtype,

@@ -32,6 +32,7 @@ from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.flow import Clock, ahead
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
+from keysync_jax.pipeline.identity import Chosen, Identity
 from keysync_jax.pipeline.latents import decode_frames, encode_frames, frames_per_call
 from keysync_jax.pipeline.phases import Advance, Phases
 from keysync_jax.pipeline.sampling import guidance_of
@@ -54,6 +55,7 @@ class DubSettings:
       allow_download: fetch a detector's model file from its official address, and a model that is on the hub.
       occluder: masks of what lies before the face, as `media.occlusion.Occluder` takes them; it is left as it
         is (eq. 7).
+      identity: what shows the networks who it is (`pipeline.identity`).
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
@@ -67,6 +69,7 @@ class DubSettings:
     landmark_model: Path | None = None
     allow_download: bool = False
     occluder: Path | None = None
+    identity: str = "first"
     steps: int | None = None
     seed: int = 0
     dtype: Dtype | None = None
@@ -135,6 +138,7 @@ def dub(
         model = model_folder(model, settings.allow_download)
     given = _given_landmarks(source, settings)
     occluder = _given_occluder(source, settings)
+    identity = Identity.given(settings, source.used)
     if not isinstance(model, Model):
         model = _open(Path(model), phases)
     if model.config.keyframe.frames != FRAMES:
@@ -150,12 +154,13 @@ def dub(
         devices,
     )
     with (
-        Workspace(output, _fingerprint(source, model, settings, sampling)) as work,
+        Workspace(output, _fingerprint(source, model, settings, sampling, identity)) as work,
         computing(settings.compute_dtype),
     ):
         landmarks, present = _landmarks(source, settings, given, work, phases)
         geometry = face_geometry(source, model.config, landmarks, present, occluder, phases)
-        report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
+        chosen = identity.choose(landmarks, present, settings, model.config.crop_size)
+        report = _Run(source, model, settings, sampling, geometry, chosen, work, phases).to(output)
         work.remove()
     return report
 
@@ -166,7 +171,7 @@ def _open(folder: Path, phases: Phases) -> Model:
 
 
 def _fingerprint(
-    source: Source, model: Model, settings: DubSettings, sampling: Sampling
+    source: Source, model: Model, settings: DubSettings, sampling: Sampling, identity: Identity
 ) -> dict[str, object]:
     """Everything that landmarks, latents and generated frames depend on."""
     landmarks = settings.landmarks
@@ -178,6 +183,7 @@ def _fingerprint(
         if landmarks in DETECTORS
         else sha256_of(landmarks),
         "occluder": None if settings.occluder is None else sha256_of(settings.occluder),
+        "identity": identity.digest,
         "model": model.fingerprint,
         "sigmas": sampling.sigmas.tolist(),
         "seed": settings.seed,
@@ -236,13 +242,13 @@ class _Run:
     settings: DubSettings
     sampling: Sampling
     geometry: Geometry
+    identity: Chosen
     work: Workspace
     phases: Phases
 
     def to(self, output: Path) -> DubReport:
-        # The reference takes frame 0, which may be a title or a fade; it is the same where it has a face.
-        identity = int(np.argmax(self.geometry.present))
-        clip = Clip(self._encode().values, self.geometry.masks, self.source.shown, identity)
+        latents = self._encode().values
+        clip = Clip(latents, self.geometry.masks, self.source.shown, self._shown_identity())
         features = self._listen()
         keys = self._keyframes(clip, features)
         windows = self._interpolate(clip, features, keys.values)
@@ -268,6 +274,13 @@ class _Run:
                         latents.append(group)
                         advance(len(group))
         return latents
+
+    def _shown_identity(self) -> Chosen:
+        """The identity as `Clip` takes it: the crop of a picture as its latent."""
+        if not isinstance(self.identity, np.ndarray):
+            return self.identity
+        vae = self.model.load("vae", self.settings.compute_dtype)
+        return next(encode_frames(vae, [self.identity], *self._frames_at_once()))[0]
 
     def _frames_at_once(self) -> tuple[int, Devices]:
         """Frames of a call of the VAE that each device takes, and the devices."""

@@ -39,18 +39,26 @@ class Clip:
       latents: scaled `[N, s, s, 4]` fp32 of the source's frames.
       masks: `[N, s, s]` uint8, 1 = generate.
       source: frame of the source that each of the plan's frames shows.
-      identity: frame of the source that shows who it is: the first that has a face.
+      identity: what shows who it is: a frame of the source, by default the first that has a face; a scaled
+        latent `[s, s, 4]` of another picture; None: every frame is its own.
     """
 
     latents: np.ndarray
     masks: np.ndarray
     source: np.ndarray
-    identity: int = 0
+    identity: int | np.ndarray | None = 0
 
     def window(self, frames: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Latents `[T, s, s, 4]` and masks `[T, s, s, 1]` of the plan's frames."""
         shown = self.source[frames]
         return self.latents[shown], self.masks[shown][..., None].astype(np.float32)
+
+    def reference(self, frames: list[int]) -> np.ndarray:
+        """What shows who it is: scaled latents `[1, s, s, 4]`, or one for each frame, `[T, s, s, 4]`."""
+        if self.identity is None:
+            return self.latents[self.source[frames]]
+        identity = self.identity if isinstance(self.identity, np.ndarray) else self.latents[self.identity]
+        return identity[None]
 
 
 @dataclass(frozen=True)
@@ -110,13 +118,13 @@ def keyframes(
     Yields:
       The keyframes of each call that has any, `[n, s, s, 4]` scaled, anchors and padding dropped.
     """
-    identity = clip.latents[clip.identity] / np.float32(sampling.scale_factor)
 
     def inputs(call: int) -> Windows:
         frames = list(plan.keyframe_calls[call].source)
         latents, masks = clip.window(frames)
         noise = sampling.noise(KEYFRAME_STREAM, call, latents.shape)
-        return Windows(noise, features.vectors[frames], identity[None], latents, masks)
+        identity = clip.reference(frames) / np.float32(sampling.scale_factor)
+        return Windows(noise, features.vectors[frames], identity, latents, masks)
 
     calls = sum(bool(call.kept) for call in plan.keyframe_calls)
     for call, latents in _sampled(network, inputs, first_call, calls, sampling, device):

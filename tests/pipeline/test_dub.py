@@ -35,6 +35,7 @@ from keysync_jax.pipeline import generate, latents
 from keysync_jax.pipeline.dub import DubReport, DubSettings, dub
 from keysync_jax.pipeline.flow import Clock
 from keysync_jax.pipeline.generate import Features, check_features
+from keysync_jax.pipeline.identity import Identity
 from keysync_jax.pipeline.latents import decode_latents
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.pipeline.windows import merge_windows
@@ -616,3 +617,71 @@ def test_the_identity_frame_is_the_first_with_a_face(
     late = settings(clip, landmarks=str(tmp_path / "late.npy"))
     dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, late)
     assert seen[0].identity == 14
+
+
+def test_what_shows_who_it_is_can_be_chosen(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame, each frame itself, a picture: what the keyframe stage is given."""
+    given: list[np.ndarray] = []
+
+    def stopping(network: Any, inputs: Any, *rest: Any) -> Any:
+        given.append(np.asarray(inputs(0).reference))
+        raise InterruptedError
+
+    monkeypatch.setattr(generate, "_sampled", stopping)
+    picture = tmp_path / "face.png"
+    cv2.imwrite(str(picture), np.full((64, 64, 3), 90, np.uint8))
+    for number, identity in enumerate(("first", "current", "26", str(picture))):
+        chosen = settings(clip, identity=identity)
+        with pytest.raises(InterruptedError):
+            dub(clip / "video.mp4", clip / "voice.wav", tmp_path / f"{number}.mp4", tiny_model, chosen)
+    first, current, numbered, pictured = given
+    assert [len(reference) for reference in given] == [1, 14, 1, 1]
+    # The call's frames are an anchor, frame 0, and the keyframes 0, 13, 26 ...
+    np.testing.assert_array_equal(current[0], first[0])
+    np.testing.assert_array_equal(current[3], numbered[0])
+    assert not np.array_equal(first, numbered)
+    assert not np.array_equal(first, pictured)
+
+
+def test_a_dub_whose_reference_is_the_current_frame_is_another(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Captured(monkeypatch)
+    for identity in ("first", "current"):
+        out = tmp_path / f"{identity}.mp4"
+        dub(clip / "video.mp4", clip / "voice.wav", out, tiny_model, settings(clip, identity=identity))
+    half = len(kept.frames) // 2
+    assert half == 28
+    assert not np.array_equal(kept.frames[:half], kept.frames[half:])
+
+
+@pytest.mark.parametrize(
+    ("identity", "sentence"),
+    [("30", "30 frames of the video, 0 to 29"), ("nobody", "neither first")],
+)
+def test_an_identity_that_is_not_there_is_refused(
+    clip: Path, tiny_model: Path, tmp_path: Path, identity: str, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        dub(
+            clip / "video.mp4",
+            clip / "voice.wav",
+            tmp_path / "out.mp4",
+            tiny_model,
+            settings(clip, identity=identity),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_dissimilar_lips_are_the_farthest_from_all() -> None:
+    landmarks = np.repeat(face_landmarks(1), 6, axis=0) + np.arange(6)[:, None, None]
+    landmarks[4, 57] += (0, 9)
+    present, chosen = np.ones(6, bool), Identity("dissimilar", "dissimilar")
+    assert chosen.choose(landmarks, present, DubSettings(), 64) == 4
+    present[4] = False
+    landmarks[2, 57] += (0, 2)
+    assert chosen.choose(landmarks, present, DubSettings(), 64) == 2
+    drawn = {Identity("random", "").choose(landmarks, present, DubSettings(seed=s), 64) for s in range(40)}
+    assert drawn == {0, 1, 2, 3, 5}
