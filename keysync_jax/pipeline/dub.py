@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, StageKind
+from keysync_jax.config import Dtype, ModelConfig, StageKind
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
@@ -32,8 +32,10 @@ from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.features import audio_features
 from keysync_jax.pipeline.flow import Clock, ahead
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
-from keysync_jax.pipeline.latents import decode_frames, encode_frames, frames_per_call
+from keysync_jax.pipeline.latents import decode_frames, encode_frames
+from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
 from keysync_jax.pipeline.phases import Advance, Phases
+from keysync_jax.pipeline.programs import Compiling, programs
 from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
 from keysync_jax.pipeline.windows import FRAMES, merge_windows
@@ -58,7 +60,10 @@ class DubSettings:
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
       quality: constant rate factor of the video, 0 (lossless) to 51.
-      windows_per_call: windows of a network call that each device takes; more use an accelerator better.
+      memory: "small", "balanced" or "fast", how much of a device's memory is used; see `memory.Memory`. The
+        result does not depend on it beyond rounding.
+      windows_per_call: windows of a network call that each device takes, at most; as `memory` says where it
+        is None. More use an accelerator better.
       devices: of this host that share the work; all of them where None. The result does not depend on it
         beyond rounding.
     """
@@ -71,7 +76,8 @@ class DubSettings:
     seed: int = 0
     dtype: Dtype | None = None
     quality: int = 16
-    windows_per_call: int = 1
+    memory: Memory = "balanced"
+    windows_per_call: int | None = None
     devices: int | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +87,8 @@ class DubSettings:
             raise UserError(f"the quality is 0 (lossless) to 51, not {self.quality}")
         if self.landmark_model is not None and self.landmarks != "mediapipe":
             raise UserError(f"a landmark model is MediaPipe's; landmarks={self.landmarks} takes none")
-        if self.windows_per_call < 1:
+        check_memory(self.memory)
+        if self.windows_per_call is not None and self.windows_per_call < 1:
             raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
         check_count(self.devices)
 
@@ -141,23 +148,46 @@ def dub(
         raise UserError(
             f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"
         )
-    sampling = Sampling(
-        guidance_of(model.config.guidance),
-        align_your_steps(model.config.steps if settings.steps is None else settings.steps),
-        settings.seed,
-        settings.windows_per_call,
-        model.config.vae.scale_factor,
-        devices,
-    )
+    dtype = settings.compute_dtype
+    sizes = batches(settings.memory, model.config, dtype, settings.windows_per_call)
+    sampling = sampling_of(model.config, settings, devices, sizes)
     with (
         Workspace(output, _fingerprint(source, model, settings, sampling)) as work,
-        computing(settings.compute_dtype),
+        computing(dtype),
+        Compiling(
+            programs(model.config, dtype, sampling, sizes.frames, source.plan), dtype, _complete(source, work)
+        ) as compiling,
     ):
         landmarks, present = _landmarks(source, settings, given, work, phases)
         geometry = face_geometry(source, model.config, landmarks, present, occluder, phases)
-        report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
+        run = _Run(source, model, settings, sampling, sizes, geometry, work, phases, compiling)
+        report = run.to(output)
         work.remove()
     return report
+
+
+def sampling_of(config: ModelConfig, settings: DubSettings, devices: Devices, sizes: Batches) -> Sampling:
+    """How a dub samples with a model."""
+    return Sampling(
+        guidance_of(config.guidance),
+        align_your_steps(config.steps if settings.steps is None else settings.steps),
+        settings.seed,
+        sizes.windows,
+        config.vae.scale_factor,
+        devices,
+        sizes.in_turn,
+    )
+
+
+def _complete(source: Source, work: Workspace) -> set[str]:
+    """Phases that an earlier run has completed."""
+    plan = source.plan
+    rows = {
+        "encode": ("latents", source.used),
+        "keyframes": ("keyframes", len(plan.keyframes)),
+        "interpolation": ("windows", len(plan.windows)),
+    }
+    return {phase for phase, (name, count) in rows.items() if work.done(name) == count}
 
 
 def _open(folder: Path, phases: Phases) -> Model:
@@ -235,9 +265,11 @@ class _Run:
     model: Model
     settings: DubSettings
     sampling: Sampling
+    sizes: Batches
     geometry: Geometry
     work: Workspace
     phases: Phases
+    compiling: Compiling
 
     def to(self, output: Path) -> DubReport:
         # The reference takes frame 0, which may be a title or a fade; it is the same where it has a face.
@@ -264,14 +296,11 @@ class _Run:
             if not latents.complete:
                 with ahead(decoder.timed(self._crops(latents.done)), AHEAD) as crops:
                     vae = self.model.load("vae", self.settings.compute_dtype)
-                    for group in encode_frames(vae, crops, *self._frames_at_once(), device):
+                    self.compiling.wait("encode")
+                    for group in encode_frames(vae, crops, self.sizes.frames, self.sampling.devices, device):
                         latents.append(group)
                         advance(len(group))
         return latents
-
-    def _frames_at_once(self) -> tuple[int, Devices]:
-        """Frames of a call of the VAE that each device takes, and the devices."""
-        return frames_per_call(self.model.config.crop_size), self.sampling.devices
 
     def _crops(self, first: int) -> Iterator[np.ndarray]:
         size = self.model.config.crop_size
@@ -290,6 +319,7 @@ class _Run:
         made: dict[str, Features] = {}
         kinds = sorted({config.keyframe.audio_encoder, config.interpolation.audio_encoder})
         with self.phases.phase("audio", len(kinds), "encoders") as advance:
+            self.compiling.wait("audio")
             for kind in kinds:
                 params = self.model.load_encoder(kind)
                 vectors = audio_features(config.encoders[kind], params, self.source.wave, frames)
@@ -312,6 +342,7 @@ class _Run:
         with self.phases.phase("keyframes", calls, "calls", first, device=device) as advance:
             if not latents.complete:
                 network = self.model.load("keyframe", self.settings.compute_dtype)
+                self.compiling.wait("keyframes")
                 inputs = (network, clip, plan, features["keyframe"], self.sampling)
                 for rows in keyframes(*inputs, first, device):
                     latents.append(rows)
@@ -327,6 +358,7 @@ class _Run:
         with self.phases.phase("interpolation", len(latents), "windows", done, device=device) as advance:
             if not latents.complete:
                 network = self.model.load("interpolation", self.settings.compute_dtype)
+                self.compiling.wait("interpolation")
                 inputs = (network, clip, plan, features["interpolation"], keyframe_latents, self.sampling)
                 for window in interpolation(*inputs, done, device):
                     latents.append(window[None])
@@ -368,7 +400,9 @@ class _Run:
         """Generated crops of the frames that have a face, call by call; for a thread of its own."""
         with computing(self.settings.compute_dtype):
             vae = self.model.load("vae", self.settings.compute_dtype)
-            yield from decode_frames(vae, self._shown_latents(windows), *self._frames_at_once(), device)
+            self.compiling.wait("compose")
+            shown = self._shown_latents(windows)
+            yield from decode_frames(vae, shown, self.sizes.frames, self.sampling.devices, device)
 
     def _shown_latents(self, windows: np.ndarray) -> Iterator[np.ndarray]:
         """Latents of the frames that have a face; none that is not shown is decoded.

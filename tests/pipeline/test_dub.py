@@ -32,11 +32,13 @@ from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import Model, open_model
 from keysync_jax.pipeline import dub as dub_module
 from keysync_jax.pipeline import generate, latents
+from keysync_jax.pipeline.devices import Devices
 from keysync_jax.pipeline.dub import DubReport, DubSettings, dub
 from keysync_jax.pipeline.flow import Clock
 from keysync_jax.pipeline.generate import Features, check_features
 from keysync_jax.pipeline.latents import decode_latents
 from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.sampling import sample_windows
 from keysync_jax.pipeline.windows import merge_windows
 from keysync_jax.pipeline.workspace import Workspace
 from tests.clips import face_landmarks, write_video, write_voice
@@ -297,17 +299,17 @@ def test_only_shown_faces_are_decoded_and_the_frames_are_those_of_whole_windows(
     np.save(tmp_path / "gaps.npy", landmarks)
     decoded: list[int] = []
     windows: list[np.ndarray] = []
-    decode, compose, captured = latents._decode_pixels, dub_module._Run._compose, Captured(monkeypatch)
+    call, compose, captured = Devices.run, dub_module._Run._compose, Captured(monkeypatch)
 
-    def counted(*given: Any) -> Any:
-        decoded.append(len(given[-1]))
-        return decode(*given)
+    def counted(devices: Devices, function: Any, network: Any, rows: Any, *given: Any) -> Any:
+        decoded.append(len(rows) if function is latents._decode_pixels else 0)
+        return call(devices, function, network, rows, *given)
 
     def keep(run: Any, made: np.ndarray, output: Path) -> None:
         windows.append(np.array(made))
         compose(run, made, output)
 
-    monkeypatch.setattr(latents, "_decode_pixels", counted)
+    monkeypatch.setattr(Devices, "run", counted)
     monkeypatch.setattr(dub_module._Run, "_compose", keep)
     gaps = settings(clip, landmarks=str(tmp_path / "gaps.npy"))
     dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, gaps)
@@ -370,30 +372,35 @@ def test_an_interrupted_dub_goes_on_where_it_was(
             run("out.mp4", patch)
     assert not (tmp_path / "out.mp4").exists()
     assert (tmp_path / ".out.mp4.work").is_dir()
-    calls: list[int] = []
+    calls: list[bool] = []
     with monkeypatch.context() as patch:
-        sample = generate.sample_windows
-        patch.setattr(generate, "sample_windows", lambda *a: calls.append(1) or sample(*a))
+        run_call = Devices.run
+
+        def counted(devices: Devices, function: Any, *given: Any) -> Any:
+            calls.append(function is sample_windows)
+            return run_call(devices, function, *given)
+
+        patch.setattr(Devices, "run", counted)
         _report, frames = run("out.mp4", patch)
     np.testing.assert_array_equal(frames, whole)
-    assert len(calls) == {"keyframes": 1 + 4, "interpolation": 3, "compose": 0}[stop_in]
+    assert sum(calls) == {"keyframes": 1 + 4, "interpolation": 3, "compose": 0}[stop_in]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "whole.mp4"]
 
 
 def stop(patch: pytest.MonkeyPatch, phase: str) -> None:
     """Ctrl-C in the keyframe call, after the first interpolation window, or while composing."""
-    sample, calls = generate.sample_windows, []
+    run, calls = Devices.run, []
 
-    def sample_and_stop(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == {"keyframes": 1, "interpolation": 3}.get(phase):
+    def sample_and_stop(devices: Devices, function: Any, *given: Any) -> Any:
+        calls.append(function is sample_windows)
+        if calls[-1] and sum(calls) == {"keyframes": 1, "interpolation": 3}.get(phase):
             raise KeyboardInterrupt
-        return sample(*arguments)
+        return run(devices, function, *given)
 
     def write(writer: VideoWriter, frame: np.ndarray) -> None:
         raise KeyboardInterrupt
 
-    patch.setattr(generate, "sample_windows", sample_and_stop)
+    patch.setattr(Devices, "run", sample_and_stop)
     if phase == "compose":
         patch.setattr(VideoWriter, "write", write)
 
