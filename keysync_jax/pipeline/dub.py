@@ -21,20 +21,21 @@ from keysync_jax.files import sha256_of
 from keysync_jax.media.composite import paste
 from keysync_jax.media.crop import crop_frame
 from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
-from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks, save_landmarks
+from keysync_jax.media.landmarks import bridge, load_landmarks, save_landmarks
 from keysync_jax.media.occlusion import Occluder
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.video import read_frames
 from keysync_jax.media.writer import VideoWriter, check_writable
 from keysync_jax.model import Model, model_bytes, model_folder, open_model
 from keysync_jax.pipeline.devices import Devices, check_count, local_devices
+from keysync_jax.pipeline.encoding import Encoder, detect_and_encode
 from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.features import audio_features
-from keysync_jax.pipeline.flow import Clock, ahead
+from keysync_jax.pipeline.flow import Clock, ahead, spread
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
-from keysync_jax.pipeline.latents import decode_frames, encode_frames
+from keysync_jax.pipeline.latents import decode_frames
 from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
-from keysync_jax.pipeline.phases import Advance, Phases
+from keysync_jax.pipeline.phases import Phases
 from keysync_jax.pipeline.programs import Compiling, programs
 from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
@@ -44,6 +45,9 @@ from keysync_jax.typing import Frames
 
 AHEAD = 8
 """Frames that are read, or pasted, before they are asked for."""
+
+PASTING = 4
+"""Threads that paste faces, each a frame."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ def dub(
     for source_file in (video, voice):
         if output.resolve() == source_file.resolve():
             raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
-    source = probe_source(video, voice)
+    # Rows of a file are one for each frame of the video.
+    rows_are_given = settings.landmarks not in DETECTORS or settings.occluder is not None
+    source = probe_source(video, voice, whole=rows_are_given)
     if not isinstance(model, Model):
         model = model_folder(model, settings.allow_download)
     given = _given_landmarks(source, settings)
@@ -158,9 +164,10 @@ def dub(
             programs(model.config, dtype, sampling, sizes.frames, source.plan), dtype, _complete(source, work)
         ) as compiling,
     ):
-        landmarks, present = _landmarks(source, settings, given, work, phases)
+        encoder = Encoder(source, model, dtype, sizes.frames, devices, work, compiling)
+        landmarks, present = _landmarks(source, settings, given, encoder, phases)
         geometry = face_geometry(source, model.config, landmarks, present, occluder, phases)
-        run = _Run(source, model, settings, sampling, sizes, geometry, work, phases, compiling)
+        run = _Run(source, model, settings, sampling, sizes, geometry, work, phases, compiling, encoder)
         report = run.to(output)
         work.remove()
     return report
@@ -231,30 +238,26 @@ def _given_occluder(source: Source, settings: DubSettings) -> Occluder | None:
 
 
 def _landmarks(
-    source: Source, settings: DubSettings, given: np.ndarray | None, work: Workspace, phases: Phases
+    source: Source, settings: DubSettings, given: np.ndarray | None, encoder: Encoder, phases: Phases
 ) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks of every used frame, and whether it has a face, as `bridge` returns them.
 
     They are given, kept by an earlier run, or found now; they are kept once it is clear that there is a face.
     """
-    stored = work.folder / "landmarks.npy"
-    decoder = Clock()
-    with phases.phase("landmarks", source.used, "frames", decoder=decoder) as advance:
-        if given is None and not stored.is_file():
-            found = _detected(source, settings, advance, decoder)
+    stored = encoder.work.folder / "landmarks.npy"
+    if given is None and not stored.is_file():
+        device, decoder = Clock(), Clock()
+        with phases.phase("landmarks", source.used, "frames", device=device, decoder=decoder) as advance:
+            chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
+            with closing(make_detector(*chosen)) as detector:
+                found = detect_and_encode(source, detector, encoder, advance, device, decoder)
             bridged = bridge(found)
             save_landmarks(stored, found)
             return bridged
+    with phases.phase("landmarks", source.used, "frames") as advance:
         found = load_landmarks(stored, source.used) if given is None else given
         advance(source.used)
         return bridge(found)
-
-
-def _detected(source: Source, settings: DubSettings, advance: Advance, decoder: Clock) -> np.ndarray:
-    chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
-    read = decoder.timed(islice(read_frames(source.video), source.used))
-    with closing(make_detector(*chosen)) as detector, ahead(read, AHEAD) as frames:
-        return detect_all(frames, detector, advance, source.info.aspect)
 
 
 @dataclass
@@ -270,6 +273,7 @@ class _Run:
     work: Workspace
     phases: Phases
     compiling: Compiling
+    encoder: Encoder
 
     def to(self, output: Path) -> DubReport:
         # The reference takes frame 0, which may be a title or a fade; it is the same where it has a face.
@@ -277,8 +281,11 @@ class _Run:
         clip = Clip(self._encode().values, self.geometry.masks, self.source.shown, identity)
         features = self._listen()
         keys = self._keyframes(clip, features)
-        windows = self._interpolate(clip, features, keys.values)
-        self._compose(windows.values, output)
+        device = Clock()
+        windows = self._windows(clip, features, keys.values, device)
+        if self.settings.memory == "small":
+            windows, device = self._interpolate(windows, device), Clock()
+        self._compose(windows, output, device)
         absent = int((~self.geometry.present[self.source.shown[: self.source.frames]]).sum())
         return DubReport(output, self.source.frames, absent, self.phases)
 
@@ -287,20 +294,15 @@ class _Run:
         return self.work.array(name, (rows, *inner, size, size, channels))
 
     def _encode(self) -> ResumableArray:
-        """Latents of the crop of every used frame."""
-        latents = self._latents("latents", self.source.used)
+        """Latents of the crop of every used frame: those that were not made while landmarks were found."""
+        count, done = self.source.used, self.encoder.done
         device, decoder = Clock(), Clock()
-        with self.phases.phase(
-            "encode", len(latents), "frames", latents.done, device=device, decoder=decoder
-        ) as advance:
-            if not latents.complete:
-                with ahead(decoder.timed(self._crops(latents.done)), AHEAD) as crops:
-                    vae = self.model.load("vae", self.settings.compute_dtype)
-                    self.compiling.wait("encode")
-                    for group in encode_frames(vae, crops, self.sizes.frames, self.sampling.devices, device):
-                        latents.append(group)
-                        advance(len(group))
-        return latents
+        with self.phases.phase("encode", count, "frames", done, device=device, decoder=decoder) as advance:
+            if done < count:
+                with ahead(decoder.timed(self._crops(done)), AHEAD) as crops:
+                    for made in self.encoder.encode(crops, device):
+                        advance(made)
+        return self.encoder.latents
 
     def _crops(self, first: int) -> Iterator[np.ndarray]:
         size = self.model.config.crop_size
@@ -349,26 +351,34 @@ class _Run:
                     advance(1)
         return latents
 
-    def _interpolate(
-        self, clip: Clip, features: dict[StageKind, Features], keyframe_latents: np.ndarray
-    ) -> ResumableArray:
+    def _windows(
+        self, clip: Clip, features: dict[StageKind, Features], keyframe_latents: np.ndarray, device: Clock
+    ) -> Iterator[np.ndarray]:
+        """Latents of every window in order, those that an earlier run made first; new ones are kept."""
         plan = self.source.plan
         latents = self._latents("windows", len(plan.windows), self.model.config.interpolation.frames)
-        device, done = Clock(), latents.done
-        with self.phases.phase("interpolation", len(latents), "windows", done, device=device) as advance:
-            if not latents.complete:
-                network = self.model.load("interpolation", self.settings.compute_dtype)
-                self.compiling.wait("interpolation")
-                inputs = (network, clip, plan, features["interpolation"], keyframe_latents, self.sampling)
-                for window in interpolation(*inputs, done, device):
-                    latents.append(window[None])
-                    advance(1)
-        return latents
+        done = latents.done
+        yield from latents.values[:done]
+        if done < len(latents):
+            network = self.model.load("interpolation", self.settings.compute_dtype)
+            self.compiling.wait("interpolation")
+            inputs = (network, clip, plan, features["interpolation"], keyframe_latents, self.sampling)
+            for window in interpolation(*inputs, done, device):
+                latents.append(window[None])
+                yield window
 
-    def _compose(self, windows: np.ndarray, output: Path) -> None:
-        """Decodes the windows, pastes each frame into the source's and writes the video, all at once."""
+    def _interpolate(self, windows: Iterator[np.ndarray], device: Clock) -> Iterator[np.ndarray]:
+        """All windows before any is decoded, so that their network's memory is free again by then."""
+        count = len(self.source.plan.windows)
+        with self.phases.phase("interpolation", count, "windows", device=device) as advance:
+            for _ in windows:
+                advance(1)
+        return iter(self._latents("windows", count, self.model.config.interpolation.frames).values)
+
+    def _compose(self, windows: Iterator[np.ndarray], output: Path, device: Clock) -> None:
+        """Samples and decodes the windows, pastes each frame into the source's and writes it, all at once."""
         info, source = self.source.info, self.source
-        device, decoder, encoder = Clock(), Clock(), Clock()
+        decoder, encoder = Clock(), Clock()
         originals = pingpong_frames(source.video, source.frames, timeline=source.timeline)
         with (
             self.phases.phase(
@@ -396,7 +406,7 @@ class _Run:
             with encoder.running():  # It holds some frames back until the file is closed.
                 file.close()
 
-    def _decoded(self, windows: np.ndarray, device: Clock) -> Iterator[Frames]:
+    def _decoded(self, windows: Iterator[np.ndarray], device: Clock) -> Iterator[Frames]:
         """Generated crops of the frames that have a face, call by call; for a thread of its own."""
         with computing(self.settings.compute_dtype):
             vae = self.model.load("vae", self.settings.compute_dtype)
@@ -404,7 +414,7 @@ class _Run:
             shown = self._shown_latents(windows)
             yield from decode_frames(vae, shown, self.sizes.frames, self.sampling.devices, device)
 
-    def _shown_latents(self, windows: np.ndarray) -> Iterator[np.ndarray]:
+    def _shown_latents(self, windows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Latents of the frames that have a face; none that is not shown is decoded.
 
         A frame that two windows share has the same latents in both, its keyframe's: averaging them, as the
@@ -430,8 +440,13 @@ def composed(
       uint8 `[H, W, 3]`: the original where there is no face, and outside the pasted region.
     """
     faces = iter(generated)
-    for original, at in zip(originals, shown, strict=False):
-        if geometry.present[at]:
-            yield paste(original, next(faces), geometry.masks[at], geometry.boxes[at])
-        else:
-            yield original
+
+    def pasted(item: tuple[np.ndarray, np.ndarray | None, int]) -> np.ndarray:
+        original, face, at = item
+        return original if face is None else paste(original, face, geometry.masks[at], geometry.boxes[at])
+
+    items = (
+        (original, next(faces) if geometry.present[at] else None, at)
+        for original, at in zip(originals, shown, strict=False)
+    )
+    return spread(pasted, items, PASTING)
