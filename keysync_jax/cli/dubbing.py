@@ -60,7 +60,7 @@ def add_warm(commands: Commands) -> None:
         type=float,
         default=60,
         metavar="S",
-        help="of voice; short ones share devices otherwise (default 60)",
+        help="of the voices to come (default 60); on several devices short ones have programs of their own",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="as of dub")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16, on CPU fp32")
