@@ -304,6 +304,10 @@ class _Run:
                         advance(made)
         return self.encoder.latents
 
+    def _frames_at_once(self) -> tuple[int, Devices]:
+        """Frames of a call of the VAE that each device takes, and the devices."""
+        return self.sizes.frames, self.sampling.devices
+
     def _crops(self, first: int) -> Iterator[np.ndarray]:
         size = self.model.config.crop_size
         frames = islice(read_frames(self.source.video), first, self.source.used)
@@ -411,8 +415,7 @@ class _Run:
         with computing(self.settings.compute_dtype):
             vae = self.model.load("vae", self.settings.compute_dtype)
             self.compiling.wait("compose")
-            shown = self._shown_latents(windows)
-            yield from decode_frames(vae, shown, self.sizes.frames, self.sampling.devices, device)
+            yield from decode_frames(vae, self._shown_latents(windows), *self._frames_at_once(), device)
 
     def _shown_latents(self, windows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Latents of the frames that have a face; none that is not shown is decoded.

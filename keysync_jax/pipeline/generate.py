@@ -14,7 +14,6 @@ from keysync_jax.config import EncoderKind, StageConfig
 from keysync_jax.diffusion.guidance import Guidance
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
-from keysync_jax.nn.stages import InterpolationStage, KeyframeStage
 from keysync_jax.pipeline.devices import ONE_DEVICE, Devices
 from keysync_jax.pipeline.flow import Clock, results
 from keysync_jax.pipeline.sampling import (
@@ -118,21 +117,23 @@ class Calls(NamedTuple):
         return self.devices.copy((sampling.guidance, np.asarray(sampling.sigmas, np.float32)))
 
 
-def lowered(config: StageConfig, network: Network, sampling: Sampling, windows: int) -> Lowered:
+def lowered(
+    config: StageConfig, network: Network, sampling: Sampling, windows: int, references: int
+) -> Lowered:
     """The program that a stage of so many windows runs, before there are any (`Devices.lowered`).
 
     Args:
       network: with shapes for parameters.
+      references: reference latents of a window.
     """
     calls = sampling.calls(windows)
     side, channels = config.latent_size, config.unet.out_channels
-    kind = {"keyframe": KeyframeStage, "interpolation": InterpolationStage}[config.kind]
 
     def rows(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((calls.size, *shape), np.float32)
 
     latents = rows(config.frames, side, side, channels)
-    reference = rows(kind.reference_frames, side, side, channels)
+    reference = rows(references, side, side, channels)
     audio, mask = rows(config.frames, 2, config.audio_dim), rows(config.frames, side, side, 1)
     shapes = Windows(latents, audio, reference, latents, mask)
     return calls.devices.lowered(calls.function, network, shapes, *calls.given(sampling))

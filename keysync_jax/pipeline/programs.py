@@ -15,8 +15,9 @@ from typing import Any
 from jax.stages import Lowered
 
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, ModelConfig, SpeechConfig
+from keysync_jax.config import Dtype, ModelConfig, SpeechConfig, StageKind
 from keysync_jax.model import network_shapes
+from keysync_jax.nn.stages import InterpolationStage, KeyframeStage
 from keysync_jax.pipeline import speech_stream
 from keysync_jax.pipeline.generate import Sampling, lowered
 from keysync_jax.pipeline.latents import decoder_program, encoder_program
@@ -27,13 +28,19 @@ Lower = Callable[[], Lowered]
 
 
 def programs(
-    config: ModelConfig, dtype: Dtype, sampling: Sampling, frames_per_call: int, plan: Plan
+    config: ModelConfig,
+    dtype: Dtype,
+    sampling: Sampling,
+    frames_per_call: int,
+    plan: Plan,
+    identities: int = KeyframeStage.reference_frames,
 ) -> dict[str, list[Lower]]:
     """What lowers the programs of each phase of a dub, in the order of the phases.
 
     Args:
       frames_per_call: of the VAE, on each device.
       plan: of the clip, of which the number of windows counts.
+      identities: identity frames of a keyframe window: 1, or one for each of its frames.
     """
     vae = network_shapes(config, "vae", dtype)
     size, devices = config.keyframe.latent_size, sampling.devices
@@ -41,11 +48,11 @@ def programs(
     kinds = {config.keyframe.audio_encoder, config.interpolation.audio_encoder}
     speech = {kind: config.encoders[kind] for kind in sorted(kinds)}
     calls = sum(bool(call.kept) for call in plan.keyframe_calls)
-    windows = {"keyframe": calls, "interpolation": len(plan.windows)}
-    keyframe, interpolation = (
-        partial(lowered, config.stage(kind), network_shapes(config, kind, dtype), sampling, windows[kind])
-        for kind in ("keyframe", "interpolation")
-    )
+
+    def stage(kind: StageKind, windows: int, references: int) -> Lower:
+        network = network_shapes(config, kind, dtype)
+        return partial(lowered, config.stage(kind), network, sampling, windows, references)
+
     return {
         "encode": [partial(encoder_program, vae, config.crop_size, frames_per_call, devices)],
         "audio": [
@@ -54,8 +61,8 @@ def programs(
             if isinstance(encoder, SpeechConfig)
             for lower in speech_stream.programs(encoder, network_shapes(config, f"audio_{kind}").params)
         ],
-        "keyframes": [keyframe],
-        "interpolation": [interpolation],
+        "keyframes": [stage("keyframe", calls, identities)],
+        "interpolation": [stage("interpolation", len(plan.windows), InterpolationStage.reference_frames)],
         "compose": [partial(decoder_program, vae, latent, frames_per_call, devices)],
     }
 

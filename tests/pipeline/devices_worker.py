@@ -88,8 +88,8 @@ def compile_ahead(nets: dict[str, Network], devices: Devices) -> None:
     configs = {k: stage_config(k) for k in ("keyframe", "interpolation")}
     latent = (SIZE, SIZE, VAE_SIZES.latent_channels)
     plan = make_plan(FRAMES)
-    windows = {"keyframe": len(plan.keyframe_calls), "interpolation": len(plan.windows)}
-    lowers = [partial(lowered, configs[k], shapes[k], sampling, n) for k, n in windows.items()]
+    windows = {"keyframe": (len(plan.keyframe_calls), 1), "interpolation": (len(plan.windows), 2)}
+    lowers = [partial(lowered, configs[k], shapes[k], sampling, *n) for k, n in windows.items()]
     lowers += [
         partial(encoder_program, shapes["vae"], 2 * SIZE, 2, devices),
         partial(decoder_program, shapes["vae"], latent, 2, devices),

@@ -14,6 +14,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.model import DEFAULT, open_model
 from keysync_jax.pipeline.dub import DubSettings
 from keysync_jax.pipeline.generate import Sampling
+from keysync_jax.pipeline.latents import decode_frames, encode_frames
 from keysync_jax.pipeline.memory import Batches, batches
 from keysync_jax.pipeline.sampling import Windows, sample_windows, sample_windows_in_turn
 from tests.pipeline.devices_worker import SIZE, networks
@@ -94,3 +95,12 @@ def test_branches_in_turn_give_what_they_give_at_once_in_less_memory() -> None:
     np.testing.assert_allclose(in_turn(*inputs[1:]), expected, atol=1e-5 * np.abs(expected).max())
     used = [program.memory_analysis().temp_size_in_bytes for program in (in_turn, at_once)]
     assert used[0] < 0.7 * used[1]
+
+
+def test_frames_of_a_call_do_not_change_what_the_vae_gives() -> None:
+    vae = networks()["vae"]
+    frames = np.random.default_rng(0).integers(0, 256, (3, 2 * SIZE, 2 * SIZE, 3), np.uint8)
+    one, two = (np.concatenate(list(encode_frames(vae, frames, per_call))) for per_call in (1, 2))
+    np.testing.assert_allclose(one, two, atol=1e-5 * np.abs(two).max())
+    faces, others = (np.concatenate(list(decode_frames(vae, two, n))).astype(int) for n in (1, 2))
+    assert np.abs(faces - others).max() <= 1
