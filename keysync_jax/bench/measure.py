@@ -2,16 +2,18 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from keysync_jax.ahead.chips import device_peak
 from keysync_jax.backend import computing
 from keysync_jax.bench.workloads import Workload, random_arrays
 from keysync_jax.pipeline.phases import peak_bytes
-from keysync_jax.train.flops import device_peak, training_flops
+from keysync_jax.train.flops import training_flops
 
 _STORE = "jax_enable_compilation_cache"
 
@@ -125,13 +127,19 @@ def flop_of(workload: Workload) -> int:
 
 def _compiled(workload: Workload) -> tuple[Any, float]:
     """The program and the seconds it took to make it, whatever is in the store of compiled programs."""
+    with nothing_stored(), computing(workload.dtype):
+        before = time.perf_counter()
+        compiled = jax.jit(workload.run).lower(workload.params, workload.inputs).compile()
+        return compiled, time.perf_counter() - before
+
+
+@contextmanager
+def nothing_stored() -> Iterator[None]:
+    """In the block programs are compiled, whatever is in the store of compiled programs."""
     stored = getattr(jax.config, _STORE)
     jax.config.update(_STORE, False)
     try:
-        before = time.perf_counter()
-        with computing(workload.dtype):
-            compiled = jax.jit(workload.run).lower(workload.params, workload.inputs).compile()
-        return compiled, time.perf_counter() - before
+        yield
     finally:
         jax.config.update(_STORE, stored)
 

@@ -62,7 +62,7 @@ def table(conditions: Conditions, rows: Sequence[Measured], before: dict[str, fl
         if row.other is not None and row.ratio is not None:
             line += f"{row.other.median:>10.4f}{row.ratio:>7.2f}"
         if before is not None:
-            line += _against(before.get(row.name), t.median)
+            line += against(before.get(row.name), t.median)
         lines.append(line)
     return "\n".join([*lines, *(f"{row.name}: {row.note}" for row in rows)])
 
@@ -71,7 +71,8 @@ def _compared(rows: Sequence[Measured]) -> bool:
     return any(row.other is not None for row in rows)
 
 
-def _against(before: float | None, now: float) -> str:
+def against(before: float | None, now: float) -> str:
+    """Two columns: what it was, and the ratio; dashes where it is not known."""
     return f"{'-':>10}{'-':>7}" if before is None else f"{before:>10.4f}{now / before:>7.2f}"
 
 

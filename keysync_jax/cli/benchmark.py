@@ -77,7 +77,9 @@ def _ahead(arguments: argparse.Namespace) -> int:
     from keysync_jax.extras import needed_for
 
     with needed_for("keysync bench --aot"):
-        from keysync_jax.bench.aot import compile_ahead, save, table, topology
+        from keysync_jax.ahead.chips import topology
+        from keysync_jax.ahead.program import save, table
+        from keysync_jax.bench.aot import compile_ahead
         from keysync_jax.bench.sizes import size_of
         from keysync_jax.bench.workloads import workloads
 

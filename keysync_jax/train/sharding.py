@@ -185,6 +185,17 @@ def jit_step(mesh: Mesh, step: AnyStep, state: TrainState) -> Run:
     return run
 
 
+def lowered_step(mesh: Mesh, step: AnyStep, state: TrainState, batch: Any) -> Any:
+    """The step lowered for a mesh whose devices need not be here (`jax.stages.Lowered`).
+
+    Args:
+      step: its judging networks may be shapes.
+      state, batch: shapes.
+    """
+    jitted, _ = _jitted(mesh, step, state)
+    return jitted.lower(state, step.aids, batch)
+
+
 def _jitted(mesh: Mesh, step: AnyStep, state: TrainState) -> tuple[Any, Any]:
     """The jitted `step.apply`, and the shardings of its judging networks."""
     placed = shardings(mesh, step.config.mesh, state)
