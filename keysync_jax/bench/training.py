@@ -58,7 +58,7 @@ class Trained:
       clips: of a batch, over all devices.
       flop: of a batch over all devices, without what is computed again.
       peak: bf16 operations a second of all devices together by their maker's sheet.
-      arguments, temporaries: bytes on a device by the compiler's count; the results lie where the arguments did.
+      arguments, temporaries: bytes on a device by the compiler's count; results lie where arguments did.
       device_bytes: peak of a device's memory; None where the platform does not tell.
       host_bytes: peak of the process.
     """
@@ -91,9 +91,19 @@ class Trained:
         return None if self.peak is None else self.flop_per_second / self.peak
 
 
-def base_config(size: Size, dtype: Dtype) -> TrainConfig:
-    """The paper's settings at a size; one clip a step."""
-    return TrainConfig(size.stage, size.vae, batch_size=1, dtype=dtype)
+def base_config(size: Size, dtype: Dtype, batch: int) -> TrainConfig:
+    """The paper's settings at a size, but for the clips of a step."""
+    return TrainConfig(size.stage, size.vae, batch_size=batch, dtype=dtype)
+
+
+def devices_here() -> int:
+    """How many devices this host has, found out by a process that does not keep them."""
+    with Workers(_count_devices, 1) as workers:
+        return workers.submit(None).result()
+
+
+def _count_devices(_: None) -> int:
+    return jax.device_count()
 
 
 def settings_of(base: TrainConfig, varied: Sequence[str]) -> list[Setting]:
@@ -218,9 +228,10 @@ def train_table(rows: Sequence[Trained], before: dict[str, float] | None = None)
     Args:
       before: median seconds of an earlier report by the row's name.
     """
+    heads = ("clips/s", "TFLOP", "TFLOP/s", "of peak", "args GiB", "temp GiB", "peak GiB", "host GiB")
     lines = [
-        f"{'train':<24}{'compile s':>10}{'s a step':>10}{'spread':>17}{'clips/s':>9}{'TFLOP':>9}{'TFLOP/s':>9}"
-        f"{'of peak':>9}{'args GiB':>10}{'temp GiB':>10}{'peak GiB':>10}{'host GiB':>10}"
+        f"{'train':<24}{'compile s':>10}{'s a step':>10}{'spread':>16}"
+        + "".join(f"{head:>10}" for head in heads)
         + ("" if before is None else f"{'before s':>10}{'ratio':>7}")
     ]
     for row in rows:
@@ -228,16 +239,25 @@ def train_table(rows: Sequence[Trained], before: dict[str, float] | None = None)
         if t is None:
             lines.append(f"{row.name:<24}{row.fault}")
             continue
-        share = "-" if row.share_of_peak is None else f"{row.share_of_peak:.1%}"
-        peak = "-" if row.device_bytes is None else f"{row.device_bytes / 2**30:.2f}"
-        line = (
-            f"{row.name:<24}{row.compile_seconds:>10.1f}{t.median:>10.4f}{f'{t.lowest:.4f}-{t.highest:.4f}':>17}"
-            f"{row.clips_per_second:>9.2f}{row.flop / 1e12:>9.3f}{row.flop_per_second / 1e12:>9.2f}{share:>9}"
-            f"{row.arguments / 2**30:>10.2f}{row.temporaries / 2**30:>10.2f}{peak:>10}{row.host_bytes / 2**30:>10.2f}"
+        lines.append(
+            f"{row.name:<24}{row.compile_seconds:>10.1f}{t.median:>10.4f}{f'{t.lowest:.4f}-{t.highest:.4f}':>16}"
+            + "".join(f"{cell:>10}" for cell in cells(row))
+            + ("" if before is None else against(before.get(row.name), t.median))
         )
-        lines.append(line + ("" if before is None else against(before.get(row.name), t.median)))
     first = rows[0]
     return "\n".join([*lines, f"as it is: {first.note}; {first.devices} x {first.device}"])
+
+
+def cells(row: Trained) -> list[str]:
+    """What a row tells beside its times."""
+    gib = [row.arguments, row.temporaries, row.device_bytes, row.host_bytes]
+    return [
+        f"{row.clips_per_second:.2f}",
+        f"{row.flop / 1e12:.3g}",
+        f"{row.flop_per_second / 1e12:.3g}",
+        "-" if row.share_of_peak is None else f"{row.share_of_peak:.1%}",
+        *("-" if size is None else f"{size / 2**30:.2f}" for size in gib),
+    ]
 
 
 def mesh_settings(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The benchmark: what it counts, what it compares, what it writes."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -100,16 +101,20 @@ def test_pytorch_does_the_same_work(name: str) -> None:
 def test_a_report_is_compared_with_an_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "before.json"
     report.save(path, CONDITIONS, [row(median=1.0), row("sampler")])
-    assert report.medians(path, CONDITIONS) == {"unet": 1.0, "sampler": 0.5}
-    text = report.table(CONDITIONS, [row(), row("vae encode")], report.medians(path, CONDITIONS))
+    earlier = report.read(path)
+    report.check(earlier, CONDITIONS)
+    now = [row(), row("vae encode")]
+    assert report.comparable(earlier, now) == {"unet": 1.0}
+    assert report.comparable(earlier, [dataclasses.replace(row(), note="13 frames")]) == {}
+    text = report.table(CONDITIONS, now, report.comparable(earlier, now))
     assert "1.0000   0.50" in text
     assert text.count(" -") >= 1
     other = report.Conditions("tiny", "bf16", 1, "cpu", 2, {})
     with pytest.raises(UserError, match="was measured with dtype fp32, this run with bf16"):
-        report.medians(path, other)
+        report.check(earlier, other)
     path.write_text(json.dumps({"format": "x"}))
     with pytest.raises(UserError, match="not a report of keysync bench"):
-        report.medians(path, CONDITIONS)
+        report.read(path)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_a_report_is_compared_with_an_earlier_one(tmp_path: Path) -> None:
     [
         (["vea"], "there is nothing named vea to measure"),
         (["--size", "huge"], "there is no size huge"),
-        (["--batch", "0"], "a call takes 1 or more"),
+        (["--batch", "0"], "--batch takes 1 or more"),
         (["--repeats", "0"], "--repeats takes 1 or more"),
         (["--torch-compile"], "goes with --against torch"),
         (["--against", "absent.json"], "absent.json: cannot be read as a report"),
