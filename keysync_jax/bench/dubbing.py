@@ -1,6 +1,7 @@
 """Whole dubs, phase by phase: of a given clip or a synthetic one, with a given model or a random one."""
 
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,40 +86,41 @@ def measure_dub(
     """
     settings = changed(settings, landmarks=work.landmarks)
 
-    def once(number: int) -> DubReport:
-        output = folder / f"dub-{number}.mp4"
+    def once(number: int) -> tuple[DubReport, float]:
+        output, before = folder / f"dub-{number}.mp4", time.perf_counter()
         report = dub(work.video, work.voice, output, model, settings)
+        seconds = time.perf_counter() - before
         output.unlink()
-        return report
+        return report, seconds
 
     with nothing_stored():
-        reports = [once(number) for number in range(repeats + 1)]
-    first, *timed = [report.phases.done for report in reports]
-    frames = reports[0].frames
-    rows = []
-    for number, phase in enumerate(first):
-        same = [phases[number] for phases in timed]
-        busy = {part: statistics.median(p.busy[part] for p in same) for part in PARTS if part in phase.busy}
-        rows.append(_row(f"dub {phase.name}", work, [phase], [[p] for p in same], frames, busy))
-    return [*rows, _row("dub", work, first, timed, frames, {})]
+        (first, _), *timed = [once(number) for number in range(repeats + 1)]
+    rows = [
+        _row(f"dub {phase.name}", work, first, [phase], [report.phases.done[number] for report, _ in timed])
+        for number, phase in enumerate(first.phases.done)
+    ]
+    whole = _row("dub", work, first, first.phases.done, timed[-1][0].phases.done)
+    return [*rows, changed(whole, timing=Timing.of([seconds for _, seconds in timed]), busy={})]
 
 
 def _row(
-    name: str,
-    work: Dubbing,
-    first: Sequence[Phase],
-    timed: Sequence[Sequence[Phase]],
-    frames: int,
-    busy: dict[str, float],
+    name: str, work: Dubbing, dubbed: DubReport, first: Sequence[Phase], timed: Sequence[Phase]
 ) -> Dubbed:
+    """A row of the same phase in several dubs.
+
+    Args:
+      first: of the dub that compiled.
+      timed: of the dubs after it.
+    """
+    busy = {part: statistics.median(p.busy.get(part, 0.0) for p in timed) for part in first[0].busy}
     return Dubbed(
         name,
         work.note,
         sum(phase.compile_seconds for phase in first),
-        Timing.of([sum(phase.seconds for phase in phases) for phases in timed]),
-        frames,
+        Timing.of([phase.seconds for phase in timed]),
+        dubbed.frames,
         busy,
-        max(phase.peak_bytes for phases in timed for phase in phases),
+        max(phase.peak_bytes for phase in timed),
     )
 
 

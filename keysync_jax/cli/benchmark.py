@@ -120,11 +120,23 @@ def _refuse(arguments: argparse.Namespace, parts: Sequence[str]) -> None:
         raise UserError("--torch-compile goes with --against torch")
     if arguments.against == "torch" and (other := set(parts) - set(NETWORKS)):
         raise UserError(f"--against torch is for the networks, not for {', '.join(sorted(other))}")
+    _refuse_clip(arguments)
     for name in ("repeats", "batch"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} takes 1 or more, not {value}")
     if arguments.config is not None and arguments.size is not None:
         raise UserError("--size and --config both say how large the networks are; give one")
+
+
+def _refuse_clip(arguments: argparse.Namespace) -> None:
+    """A clip that is half given, or given and described."""
+    if (arguments.video is None) != (arguments.voice is None):
+        raise UserError("--video and --voice go together")
+    if arguments.landmarks is not None and arguments.video is None:
+        raise UserError("--landmarks goes with --video; the synthetic clip has its own")
+    for name in ("frame", "seconds"):
+        if getattr(arguments, name) is not None and arguments.video is not None:
+            raise UserError(f"--{name} is of the synthetic clip; --video has its own")
 
 
 def _measure(arguments: argparse.Namespace, parts: Sequence[str]) -> int:
