@@ -2,12 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from keysync_jax.ahead.chips import device_peak
 from keysync_jax.backend import computing
@@ -142,6 +144,28 @@ def nothing_stored() -> Iterator[None]:
         yield
     finally:
         jax.config.update(_STORE, stored)
+
+
+@contextmanager
+def fresh_store(folder: Path) -> Iterator[None]:
+    """In the block programs are kept in this folder alone: each is compiled once, none is there before.
+
+    Args:
+      folder: an empty one.
+    """
+    ours = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in ours}
+    _use_store(ours)
+    try:
+        yield
+    finally:
+        _use_store(before)
+
+
+def _use_store(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX opens a store once.
 
 
 def _take_turns(calls: Sequence[Call], repeats: int) -> tuple[Timing, Timing | None]:

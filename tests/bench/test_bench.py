@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.bench import report
-from keysync_jax.bench.measure import Measured, Timing, flop_of, measure
+from keysync_jax.bench.measure import Measured, Timing, flop_of, fresh_store, measure
 from keysync_jax.bench.sizes import SIZES, size_of
 from keysync_jax.bench.torch_side import torch_call
 from keysync_jax.bench.workloads import Workload, random_arrays, workloads
@@ -135,3 +135,19 @@ def test_bad_arguments_get_a_sentence(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_a_fresh_store_has_each_program_once_and_leaves_the_settings(tmp_path: Path) -> None:
+    def program(x: jax.Array) -> jax.Array:
+        return jnp.sin(x) @ x.T + 3.25
+
+    before = jax.config.jax_compilation_cache_dir
+    found = []
+    with fresh_store(tmp_path):
+        for _ in range(2):
+            jax.jit(program)(jnp.ones((3, 5)))
+            found.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
+            jax.clear_caches()
+    assert len([name for name in found[0] if name.startswith("jit_program")]) == 1
+    assert found[0] == found[1]
+    assert jax.config.jax_compilation_cache_dir == before
