@@ -155,7 +155,8 @@ class _Player:
         for key, sent in parts:
             if sent is not None and key not in now.ends:
                 now.send(key, *sent)
-        now.seconds += self._computing(inside, instruction)
+        if not parts or instruction.opcode == "fusion":
+            now.seconds += self._computing(inside, instruction)
         now.left.subtract(key for key, _ in parts)
         for key, _ in parts:
             if now.left[key] == 0:

@@ -106,22 +106,28 @@ def _count_devices(_: None) -> int:
     return jax.device_count()
 
 
-def settings_of(base: TrainConfig, varied: Sequence[str]) -> list[Setting]:
+def settings_of(base: TrainConfig, varied: Sequence[str], given: Sequence[str] = ()) -> list[Setting]:
     """The config as it is, then with each change alone.
 
     Args:
       varied: `section.key=value`; several in one, `a=1;b=2`, are one change.
+      given: the same, of all of them.
 
     Raises:
       UserError: a change is none of the config's keys, or its value not of the key's type.
     """
-    found = [Setting("as it is", base)]
-    for change in varied:
-        changed = with_settings(base, change.split(";"))
-        assert isinstance(changed, TrainConfig)
-        if changed != base:
-            found.append(Setting(change, changed))
-    return found
+    base = _with(base, given)
+    changed = {change: _with(base, change.split(";")) for change in varied}
+    return [
+        Setting("as it is", base),
+        *(Setting(change, config) for change, config in changed.items() if config != base),
+    ]
+
+
+def _with(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
+    changed = with_settings(config, settings)
+    assert isinstance(changed, TrainConfig)
+    return changed
 
 
 def measured_apart(settings: Sequence[Setting], repeats: int) -> list[Trained]:

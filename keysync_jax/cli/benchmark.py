@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keysync_jax.cli.common import Commands
+from keysync_jax.config import Dtype
 from keysync_jax.errors import UserError
 
 NETWORKS = ("unet", "vae", "audio", "sampler")
@@ -233,7 +234,7 @@ def _settings(arguments: argparse.Namespace, devices: int) -> list[Any]:
     """
     from keysync_jax.bench.sizes import size_of
     from keysync_jax.bench.training import VARIED, base_config, mesh_settings, settings_of
-    from keysync_jax.train.config_file import load_stage_config, with_settings
+    from keysync_jax.train.config_file import load_stage_config
 
     if arguments.config is None:
         base = base_config(size_of(arguments.size or "tiny"), arguments.dtype or "fp32", devices)
@@ -242,7 +243,7 @@ def _settings(arguments: argparse.Namespace, devices: int) -> list[Any]:
     given = {"batch_size": arguments.batch, "dtype": arguments.dtype}
     changes = [f"{key}={value}" for key, value in given.items() if value is not None]
     changes += mesh_settings(arguments.mesh) if arguments.mesh is not None else []
-    return settings_of(with_settings(base, changes), VARIED if arguments.vary is None else arguments.vary)
+    return settings_of(base, VARIED if arguments.vary is None else arguments.vary, changes)
 
 
 def _training(arguments: argparse.Namespace, repeats: int) -> list[Any]:
@@ -279,7 +280,8 @@ def _compiled(arguments: argparse.Namespace, parts: Sequence[str], chips: Any) -
     from keysync_jax.bench.workloads import workloads
     from keysync_jax.train.ahead import step_ahead
 
-    size, dtype = size_of(arguments.size or "tiny"), arguments.dtype or "fp32"
+    size = size_of(arguments.size or "tiny")
+    dtype: Dtype = arguments.dtype or "fp32"
     for part in parts:
         if part == "train":
             # A compile takes minutes: only what is asked for.
