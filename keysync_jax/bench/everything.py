@@ -18,6 +18,7 @@ import jax
 
 from keysync_jax import __version__
 from keysync_jax.bench.tables import markdown
+from keysync_jax.bench.training import VARIED
 from keysync_jax.files import settle, write_json, write_text
 from keysync_jax.processes import Workers
 
@@ -51,12 +52,14 @@ class Part:
 
     Attributes:
       name: of its files in the report's folder.
+      section: of the document; parts of one section share a table.
       kind: "networks", "dub", "train" or "golden".
       arguments: of `keysync`.
       result: the file with its figures, relative to the report's folder.
     """
 
     name: str
+    section: str
     kind: str
     arguments: tuple[str, ...]
     result: str
@@ -67,33 +70,38 @@ class Part:
 
 
 def parts_of(plan: Plan, size: str) -> list[Part]:
-    """The commands of a report, those first that tell most."""
-    options = ["--size", size]
-    for name, value in (("batch", plan.batch), ("repeats", plan.repeats)):
-        options += [f"--{name}", str(value)] if value is not None else []
-
-    def bench(kind: str, dtype: str, *parts: str) -> Part:
-        name = f"{kind}-{dtype}"
-        arguments = ("bench", *parts, *options, "--dtype", dtype, "--json", f"{name}.json")
-        return Part(name, kind, arguments, f"{name}.json")
-
-    def golden(dtype: str) -> list[Part]:
-        if plan.golden is None:
-            return []
-        prefix = str(Path(plan.golden).absolute())
-        name = f"golden-{dtype}"
-        arguments = ("parity", "--golden", prefix, "--dtype", dtype, "-o", name)
-        return [Part(name, "golden", arguments, f"{name}/report.md")]
-
-    networks = ("unet", "vae", "audio", "sampler")
+    """The commands of a report, those first that tell most; each is as small as can be done again alone."""
     return [
-        bench("networks", "bf16", *networks),
-        *golden("fp32"),
-        *golden("bf16"),
-        bench("train", "bf16", "train"),
-        bench("dub", "bf16", "dub"),
-        bench("networks", "fp32", *networks),
+        *_networks(plan, size, "bf16"),
+        *_golden(plan, "fp32"),
+        *_golden(plan, "bf16"),
+        _bench(plan, size, "bf16", "train", "train", "--vary"),
+        _bench(plan, size, "bf16", "dub", "dub"),
+        *(_bench(plan, size, "bf16", "train", "train", "--vary", "--set", change) for change in VARIED),
+        *_networks(plan, size, "fp32"),
     ]
+
+
+def _bench(plan: Plan, size: str, dtype: str, kind: str, *what: str) -> Part:
+    section = f"{kind}-{dtype}"
+    last = what[-1].removeprefix("--vary")
+    name = section if last in ("", kind) else f"{section}-{last}"
+    options = ["--size", size, "--dtype", dtype]
+    for option, value in (("batch", plan.batch), ("repeats", plan.repeats)):
+        options += [f"--{option}", str(value)] if value is not None else []
+    return Part(name, section, kind, ("bench", *what, *options, "--json", f"{name}.json"), f"{name}.json")
+
+
+def _networks(plan: Plan, size: str, dtype: str) -> list[Part]:
+    return [_bench(plan, size, dtype, "networks", part) for part in ("unet", "vae", "sampler", "audio")]
+
+
+def _golden(plan: Plan, dtype: str) -> list[Part]:
+    if plan.golden is None:
+        return []
+    prefix, name = str(Path(plan.golden).absolute()), f"golden-{dtype}"
+    arguments = ("parity", "--golden", prefix, "--dtype", dtype, "-o", name)
+    return [Part(name, name, "golden", arguments, f"{name}/report.md")]
 
 
 def run(folder: Path, plan: Plan, seconds: float, say: Say = print) -> int:
@@ -178,7 +186,8 @@ def _write(folder: Path, here: Mapping[str, Any], size: str, parts: Sequence[Par
         state = _state(folder, part)
         figures = _figures(folder / part.result) if state["state"] == "done" else None
         told = {name: value for name, value in state.items() if name != "output"}
-        found.append({"name": part.name, "kind": part.kind, **told, "figures": figures})
+        about = {"name": part.name, "section": part.section, "kind": part.kind}
+        found.append({**about, **told, "figures": figures})
     content = {"format": FORMAT, "size": size, **here, "parts": found}
     write_json(folder / "report.json", content)
     write_text(folder / "report.md", markdown(content))

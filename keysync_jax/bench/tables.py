@@ -7,21 +7,35 @@ GIB = 2**30
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """A document of a report (`report.json`): a section for each part, with its command."""
+    """A document of a report (`report.json`): a section for what shares a table, with its commands."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     lines = [
         f"# {content['devices']} x {content['device']}, size {content['size']}",
         "",
-        f"{versions}.",
+        f"{versions}. Every command is run in this folder.",
     ]
+    sections: dict[str, list[Mapping[str, Any]]] = {}
     for part in content["parts"]:
-        lines += ["", f"## {part['name']}", "", "```sh", part["command"], "```", ""]
-        if part["figures"] is None:
-            lines.append(f"Not measured: {part['why']}.")
-            continue
-        lines += _SECTIONS[part["kind"]](part["figures"])
-        lines += ["", f"The command took {part['seconds']:.0f} s."]
+        sections.setdefault(part["section"], []).append(part)
+    for name, parts in sections.items():
+        lines += ["", f"## {name}", "", "```sh", *(part["command"] for part in parts), "```"]
+        lines += _section(parts)
     return "\n".join(lines) + "\n"
+
+
+def _section(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of all parts that were measured, their times, and why others were not."""
+    done = [part for part in parts if part["figures"] is not None]
+    lines = []
+    if done:
+        figures = [part["figures"] for part in done]
+        together = figures[0] if len(figures) == 1 else {"rows": [row for f in figures for row in f["rows"]]}
+        lines = ["", *_SECTIONS[done[0]["kind"]](together), ""]
+        lines.append(f"The commands took {sum(part['seconds'] for part in done):.0f} s.")
+    for part in parts:
+        if part["figures"] is None:
+            lines += ["", f"Not measured: {part['name']}: {part['why']}."]
+    return lines
 
 
 def _networks(figures: Mapping[str, Any]) -> list[str]:

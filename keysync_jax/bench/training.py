@@ -106,12 +106,15 @@ def _count_devices(_: None) -> int:
     return jax.device_count()
 
 
-def settings_of(base: TrainConfig, varied: Sequence[str], given: Sequence[str] = ()) -> list[Setting]:
+def settings_of(
+    base: TrainConfig, varied: Sequence[str], given: Sequence[str] = (), name: str = "as it is"
+) -> list[Setting]:
     """The config as it is, then with each change alone.
 
     Args:
       varied: `section.key=value`; several in one, `a=1;b=2`, are one change.
       given: the same, of all of them.
+      name: of the row without a change.
 
     Raises:
       UserError: a change is none of the config's keys, or its value not of the key's type.
@@ -119,7 +122,7 @@ def settings_of(base: TrainConfig, varied: Sequence[str], given: Sequence[str] =
     base = _with(base, given)
     changed = {change: _with(base, change.split(";")) for change in varied}
     return [
-        Setting("as it is", base),
+        Setting(name, base),
         *(Setting(change, config) for change, config in changed.items() if config != base),
     ]
 
@@ -251,7 +254,7 @@ def train_table(rows: Sequence[Trained], before: dict[str, float] | None = None)
             + ("" if before is None else against(before.get(row.name), t.median))
         )
     first = rows[0]
-    return "\n".join([*lines, f"as it is: {first.note}; {first.devices} x {first.device}"])
+    return "\n".join([*lines, f"{first.name}: {first.note}; {first.devices} x {first.device}"])
 
 
 def cells(row: Trained) -> list[str]:

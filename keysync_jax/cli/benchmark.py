@@ -69,6 +69,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="measured beside the settings as they are, each alone (A=1;B=2: together)",
     )
+    train.add_argument("--set", nargs="*", metavar="KEY=VALUE", help="settings of all that is measured")
     train.add_argument("--mesh", metavar="data=N,fsdp=N", help="of devices (default: the config's)")
 
 
@@ -89,7 +90,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 _ONLY = {
     "report": ("minutes", "golden"),
     "dub": ("video", "voice", "landmarks", "frame", "seconds", "model"),
-    "train": ("config", "vary", "mesh"),
+    "train": ("config", "vary", "set", "mesh"),
 }
 """What alone takes an option."""
 
@@ -243,7 +244,9 @@ def _settings(arguments: argparse.Namespace, devices: int) -> list[Any]:
     given = {"batch_size": arguments.batch, "dtype": arguments.dtype}
     changes = [f"{key}={value}" for key, value in given.items() if value is not None]
     changes += mesh_settings(arguments.mesh) if arguments.mesh is not None else []
-    return settings_of(base, VARIED if arguments.vary is None else arguments.vary, changes)
+    changes += arguments.set or []
+    varied = VARIED if arguments.vary is None else arguments.vary
+    return settings_of(base, varied, changes, "; ".join(arguments.set or []) or "as it is")
 
 
 def _training(arguments: argparse.Namespace, repeats: int) -> list[Any]:

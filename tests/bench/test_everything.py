@@ -69,28 +69,30 @@ def test_every_part_of_a_plan_is_a_command_that_the_parser_knows() -> None:
     from keysync_jax.cli import _parser
 
     parts = parts_of(Plan("mid", 2, 3, "tests/golden/tiny"), "mid")
-    assert [part.name for part in parts] == [
-        "networks-bf16",
-        "golden-fp32",
-        "golden-bf16",
-        "train-bf16",
-        "dub-bf16",
-        "networks-fp32",
+    names = [part.name for part in parts]
+    assert names[:8] == [
+        *(f"networks-bf16-{part}" for part in ("unet", "vae", "sampler", "audio")),
+        *("golden-fp32", "golden-bf16", "train-bf16", "dub-bf16"),
     ]
+    assert names[8] == "train-bf16-remat=none"
+    assert len(set(names)) == len(names)
     for part in parts:
         _parser().parse_args(part.arguments)
-    assert parts[3].command == (
-        "keysync bench train --size mid --batch 2 --repeats 3 --dtype bf16 --json train-bf16.json"
+    assert parts[6].command == (
+        "keysync bench train --vary --size mid --dtype bf16 --batch 2 --repeats 3 --json train-bf16.json"
     )
+    alone = _parser().parse_args(parts[8].arguments)
+    assert (alone.vary, alone.set) == ([], ["remat=none"])
 
 
 def test_a_report_has_a_table_of_each_part(commands: Commands, tmp_path: Path) -> None:
     said: list[str] = []
     assert run(tmp_path / "out", Plan(golden="tests/golden/tiny"), 60, said.append) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.startswith("# 1 x cpu, size tiny\n\njax 0.\n")
+    assert text.startswith("# 1 x cpu, size tiny\n\njax 0. Every command")
     for line in (
-        "keysync bench unet vae audio sampler --size tiny --dtype bf16 --json networks-bf16.json",
+        "keysync bench unet --size tiny --dtype bf16 --json networks-bf16-unet.json",
+        "keysync bench sampler --size tiny --dtype bf16 --json networks-bf16-sampler.json",
         "| unet | 1.5 | 0.5000 | 0.4000-0.6000 | 28.0 | 1 | 2 | 50.0% | 1.00 |",
         "| as it is | 9 | 0.500 | 4.00 | 2 | 50.0% | 1.00 | 2.00 | 3.00 |",
         "| remat=none | does not fit: 90 GiB |  |  |  |  |  |  |  |",
@@ -98,9 +100,9 @@ def test_a_report_has_a_table_of_each_part(commands: Commands, tmp_path: Path) -
         "| network | 2 |",
     ):
         assert f"\n{line}\n" in text
-    assert "table of networks-bf16" in said
+    assert "table of networks-bf16-unet" in said
     content = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [part["state"] for part in content["parts"]] == ["done"] * 6
+    assert [part["state"] for part in content["parts"]] == ["done"] * 18
     assert content["parts"][0]["figures"]["rows"][0]["timing"] == asdict(TIMING)
 
 
@@ -111,8 +113,8 @@ def test_what_failed_or_took_too_long_is_done_by_the_next_call(commands: Command
     assert "train-bf16: failed: keysync: the device is too small" in said
     assert "not measured: train-bf16, dub-bf16; the same command goes on with them" in said
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "Not measured: keysync: the device is too small." in text
-    assert "Not measured: did not end within" in text
+    assert "Not measured: train-bf16: keysync: the device is too small." in text
+    assert "Not measured: dub-bf16: did not end within" in text
     commands.failing = commands.slow = ""
     commands.asked.clear()
     assert run(tmp_path / "out", Plan(), 60, said.append) == 0
@@ -123,7 +125,7 @@ def test_what_failed_or_took_too_long_is_done_by_the_next_call(commands: Command
 def test_without_time_nothing_is_begun_and_all_is_listed(commands: Commands, tmp_path: Path) -> None:
     assert run(tmp_path / "out", Plan(), 0, lambda _: None) == 0
     assert commands.asked == []
-    assert (tmp_path / "out" / "report.md").read_text().count("Not measured: the time was up.") == 4
+    assert (tmp_path / "out" / "report.md").read_text().count(": the time was up.") == 16
 
 
 def test_a_folder_of_another_plan_is_refused(commands: Commands, tmp_path: Path) -> None:
@@ -142,9 +144,10 @@ def test_a_report_takes_no_parts(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_a_part_without_figures_says_why() -> None:
     part = {
         "name": "dub-bf16",
+        "section": "dub-bf16",
         "kind": "dub",
         "command": "keysync bench dub",
         "why": "no time",
         "figures": None,
     }
-    assert "Not measured: no time." in markdown({**HERE, "size": "tiny", "parts": [part]})
+    assert "Not measured: dub-bf16: no time." in markdown({**HERE, "size": "tiny", "parts": [part]})
