@@ -199,7 +199,7 @@ def _drawn(block: np.ndarray, path: str, shape: tuple[int, ...], dtype: Any) -> 
     """Kernels of variance 1 / fan-in out of a block of numbers, which is taken again and again; scales 1."""
     if len(shape) > 1:
         scale = np.float32(np.prod(shape[:-1]) ** -0.5)
-        return np.resize((scale * block).astype(dtype), shape)
+        return np.resize((scale * block[: np.prod(shape)]).astype(dtype), shape)
     return np.full(shape, path.endswith("scale"), np.float32)
 
 

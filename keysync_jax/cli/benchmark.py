@@ -1,6 +1,7 @@
 """The subcommand bench."""
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -203,7 +204,9 @@ def _dubs(arguments: argparse.Namespace, size: Any, dtype: Any, repeats: int) ->
     from keysync_jax.model import DEFAULT, model_folder
     from keysync_jax.pipeline.dub import DubSettings
 
-    settings = DubSettings(dtype=dtype, windows_per_call=arguments.batch or 1)
+    settings = DubSettings(dtype=dtype)
+    if arguments.batch is not None:
+        settings = dataclasses.replace(settings, windows_per_call=arguments.batch)
     with temporary_folder("keysync-bench-dub") as folder:
         if arguments.model is not None:
             model = model_folder(arguments.model)
