@@ -96,6 +96,16 @@ def _shapes(make: Maker) -> tuple[nnx.GraphDef, Mapping[str, jax.ShapeDtypeStruc
     return graphdef, MappingProxyType(found)
 
 
+def network_shapes(config: ModelConfig, component: str, dtype: str = "fp32") -> Network:
+    """A component as `Model.load` gives it, with the shapes and dtypes of its parameters in their place."""
+    graphdef, found = _shapes(maker(config, component, DTYPES[dtype]))
+    held = {
+        name: jax.ShapeDtypeStruct(x.shape, DTYPES[dtype] if len(x.shape) > 1 else jnp.float32)
+        for name, x in found.items()
+    }
+    return Network(graphdef, held)
+
+
 def _trained_on(config: ModelConfig, component: str) -> dict[str, str]:
     """What a component's own file says of it, so that an edited `config.json` is noticed."""
     metadata = {"component": component}
@@ -144,14 +154,11 @@ class Model:
           UserError: the file has changed since the model was opened.
         """
         _check_bytes(self.folder / f"{component}.safetensors", self.hashes)
-        graphdef, wanted = _shapes(maker(self.config, component, DTYPES[dtype]))
+        graphdef, wanted = network_shapes(self.config, component, dtype)
         file = TensorFile(self.folder / f"{component}.safetensors")
-
-        def place(name: str) -> jax.Array:
-            kind = DTYPES[dtype] if len(wanted[name].shape) > 1 else jnp.float32
-            return jnp.asarray(np.asarray(file[name]).astype(kind))
-
-        return Network(graphdef, {name: place(name) for name in wanted})
+        return Network(
+            graphdef, {n: jax.device_put(np.asarray(file[n]).astype(x.dtype)) for n, x in wanted.items()}
+        )
 
     def load_encoder(self, kind: EncoderKind) -> Params:
         """Parameters of an audio encoder, fp32, for `audio_features`; log-mel has none."""

@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         models.add_convert,
         dubbing.add_dub,
+        dubbing.add_warm,
         data.add_prepare,
         training.add_train,
         models.add_export,

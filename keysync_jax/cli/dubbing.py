@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, add_devices, keep_compiled_programs
+from keysync_jax.cli.common import (
+    Commands,
+    add_allow_download,
+    add_devices,
+    fetch_models,
+    keep_compiled_programs,
+)
+from keysync_jax.errors import UserError
 
 
 def add_dub(commands: Commands) -> None:
@@ -39,12 +46,66 @@ def add_dub(commands: Commands) -> None:
     parser.add_argument(
         "--quality", type=int, default=16, metavar="CRF", help="0 (lossless) to 51 (default 16)"
     )
+    _add_speed(parser)
+    less = "try --memory small, --dtype bf16, or fewer --windows-per-call"
+    parser.set_defaults(run=_dub, resumable=True, less_memory=less)
+
+
+def add_warm(commands: Commands) -> None:
+    """`keysync warm`."""
+    parser = commands.add_parser("warm", help="compile what dub runs, so that the first dub starts at once")
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR")
     parser.add_argument(
-        "--windows-per-call", type=int, default=1, metavar="N", help="batch of windows a device (default 1)"
+        "--seconds",
+        type=float,
+        default=60,
+        metavar="S",
+        help="of the voices to come (default 60); on several devices short ones have programs of their own",
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="as of dub")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16, on CPU fp32")
+    _add_speed(parser)
+    add_allow_download(parser)
+    parser.set_defaults(run=_warm, resumable=True, less_memory="try --memory small")
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
+    """Options that programs depend on, and results by rounding alone."""
+    parser.add_argument(
+        "--memory",
+        choices=("small", "balanced", "fast"),
+        default="balanced",
+        help="how much of a device's memory is used (default balanced)",
+    )
+    parser.add_argument(
+        "--windows-per-call",
+        type=int,
+        metavar="N",
+        help="batch of windows a device, at most (default: 1; as many as fit with --memory fast)",
     )
     add_devices(parser)
-    less = "try --dtype bf16, or fewer --windows-per-call"
-    parser.set_defaults(run=_dub, resumable=True, less_memory=less)
+
+
+def _warm(arguments: argparse.Namespace) -> int:
+    keep_compiled_programs()
+    from keysync_jax.model import open_model
+    from keysync_jax.pipeline.dub import DubSettings
+    from keysync_jax.pipeline.warm import warm
+
+    if arguments.seconds <= 0:
+        raise UserError(f"a voice lasts more than {arguments.seconds:g} seconds")
+    settings = DubSettings(
+        steps=arguments.steps,
+        dtype=arguments.dtype,
+        memory=arguments.memory,
+        windows_per_call=arguments.windows_per_call,
+        devices=arguments.devices,
+    )
+    fetch_models(arguments, arguments.model)
+    model = open_model(arguments.model, only=())
+    (done,) = warm(model, settings, max(round(25 * arguments.seconds), 1), show_progress=True).done
+    print(f"compiled {done.compiled} programs in {done.seconds:.1f} s; the others were there")
+    return 0
 
 
 def _dub(arguments: argparse.Namespace) -> int:
@@ -60,6 +121,7 @@ def _dub(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=arguments.dtype,
         quality=arguments.quality,
+        memory=arguments.memory,
         windows_per_call=arguments.windows_per_call,
         devices=arguments.devices,
     )

@@ -5,6 +5,7 @@ where the frame's pixels are not square themselves (anamorphic video) a box is w
 that the crop, whose pixels are square, shows a face as it is.
 """
 
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 import cv2
@@ -38,22 +39,30 @@ def crop_track(
     landmarks: float `[T, 68, 2]` in pixels of the frame, finite (see `landmarks.bridge`); present: bool
     `[T]`; aspect: width of a pixel of the frame over its height.
     """
-    boxes = np.empty((len(landmarks), 4), np.int64)
-    square = np.empty(3)
+    boxes = list(crop_boxes(zip(landmarks, present, strict=True), height, width, aspect))
+    return np.array(boxes, np.int64).reshape(-1, 4)
+
+
+def crop_boxes(
+    faces: Iterable[tuple[np.ndarray, bool]], height: int, width: int, aspect: Fraction | float = 1
+) -> Iterator[np.ndarray]:
+    """`crop_track` of a stream of (landmarks `[68, 2]`, present); a box follows from faces up to its own."""
+    square, before = np.empty(3), None
     pixel = np.array([float(aspect), 1.0])
     frame = np.array([width, height])
-    for t, points in enumerate(np.asarray(landmarks, np.float64) * pixel):
+    for landmarks, present in faces:
+        points = np.asarray(landmarks, np.float64) * pixel
         low, high = points.min(axis=0), points.max(axis=0)
         target = _target(low, high, frame * pixel)
-        if t == 0 or (present[t] and not present[t - 1]):
+        if before is None or (present and not before):
             square = target
         else:
             square = _approach(square, target)
             square = _contain(square, low - MARGIN * pixel, high + MARGIN * pixel, frame * pixel)
+        before = present
         extent = np.minimum(np.ceil(square[2] / pixel - ROUNDING), frame)
         corner = np.clip(np.floor(square[:2] / pixel + ROUNDING), 0, frame - extent)
-        boxes[t] = *corner, *(corner + extent)
-    return boxes
+        yield np.array([*corner, *(corner + extent)], np.int64)
 
 
 def _target(low: np.ndarray, high: np.ndarray, frame: np.ndarray) -> np.ndarray:

@@ -4,11 +4,11 @@ Landmarks are float32 `[T, 68, 2]`, (x, y) in pixels of the upright frame, in th
 (0-16 jaw, 17-26 brows, 27-35 nose, 36-47 eyes, 48-67 mouth); a frame without a face is NaN.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from keysync_jax.errors import UserError
 from keysync_jax.files import replacing
 from keysync_jax.media.crop import square_pixels
 from keysync_jax.media.timeline import FPS, Timeline
+
+T = TypeVar("T")
 
 POINTS = 68
 MAX_GAP = FPS // 2
@@ -80,15 +82,23 @@ def detect_all(
     height: the detector sees square ones, the landmarks are in the frames' own.
     """
     rows: list[np.ndarray] = []
+    for _, row in detect_each(frames, detector, aspect):
+        rows.append(row)
+        if progress is not None:
+            progress(1)
+    return np.stack(rows) if rows else np.empty((0, POINTS, 2), np.float32)
+
+
+def detect_each(
+    frames: Iterable[np.ndarray], detector: Detector, aspect: Fraction | float = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each frame with its landmarks `[68, 2]`, as `detect_all` finds them."""
     for frame in frames:
         shown = square_pixels(frame, aspect)
         found = detector.detect(shown)
         if found is not None and shown is not frame:
             found = (found / shown.shape[1::-1] * frame.shape[1::-1]).astype(np.float32)
-        rows.append(np.full((POINTS, 2), np.nan, np.float32) if found is None else found)
-        if progress is not None:
-            progress(1)
-    return np.stack(rows) if rows else np.empty((0, POINTS, 2), np.float32)
+        yield frame, np.full((POINTS, 2), np.nan, np.float32) if found is None else found
 
 
 def bridge(landmarks: np.ndarray, max_gap: int = MAX_GAP) -> tuple[np.ndarray, np.ndarray]:
@@ -112,3 +122,38 @@ def bridge(landmarks: np.ndarray, max_gap: int = MAX_GAP) -> tuple[np.ndarray, n
         if after - before - 1 <= max_gap:
             present[before + 1 : after] = True
     return filled, present
+
+
+def bridge_each(
+    rows: Iterable[tuple[T, np.ndarray]], most: int, max_gap: int = MAX_GAP
+) -> Iterator[tuple[T, np.ndarray, bool]]:
+    """`bridge` of a stream of (item, landmarks `[68, 2]`), as early as what follows does not change it.
+
+    Items without a face are held until the next face, or the end. Where more than `most` would be held
+    nothing is yielded any more, though all rows are taken.
+
+    Yields:
+      (item, landmarks, present) of the stream's first items, in order; of none where there is no face.
+    """
+    held: list[tuple[T, np.ndarray]] = []
+    last: list[np.ndarray] = []  # the face before those held
+    for item, row in rows:
+        held.append((item, row))
+        if not np.isnan(row).any():
+            yield from _bridged(last, held, max_gap)
+            last, held = [row], []
+        elif len(held) > most:
+            held = []
+            for _ in rows:
+                pass
+    if last:
+        yield from _bridged(last, held, max_gap)
+
+
+def _bridged(
+    last: list[np.ndarray], held: list[tuple[T, np.ndarray]], max_gap: int
+) -> Iterator[tuple[T, np.ndarray, bool]]:
+    filled, present = bridge(np.stack([*last, *(row for _, row in held)]), max_gap)
+    first = len(last)
+    for (item, _), landmarks, here in zip(held, filled[first:], present[first:], strict=True):
+        yield item, landmarks, bool(here)

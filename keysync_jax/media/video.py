@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -230,8 +231,8 @@ def read_frames(path: Path, fps: int | Fraction = FPS) -> Iterator[np.ndarray]:
             raise undecodable(path)
 
 
-def scan_timeline(path: Path, fps: int | Fraction = FPS) -> Timeline:
-    """Which source frame each output frame of `read_frames` is.
+def scan_timeline(path: Path, fps: int | Fraction = FPS, most: int | None = None) -> Timeline:
+    """Which source frame each output frame of `read_frames` is, or each of the first `most`.
 
     Takes one decoding pass without colour conversion: headers alone do not tell which frames will decode.
     Where the timestamps jump a warning names the place. Raises UserError as `probe_video` does.
@@ -249,7 +250,7 @@ def scan_timeline(path: Path, fps: int | Fraction = FPS) -> Timeline:
     with open_video(path) as (container, stream):
         clock = clock_of(stream)
         frames = numbers(decode_frames(container, stream), clock)
-        index = np.fromiter(nearest_items(frames, fps), np.int64)
+        index = np.fromiter(islice(nearest_items(frames, fps), most), np.int64)
         start = Fraction(container.start_time or 0, av.time_base)
     if not pts:
         raise undecodable(path)

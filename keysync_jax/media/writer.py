@@ -104,6 +104,8 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         context = stream.codec_context
         context.sample_aspect_ratio = aspect
         context.thread_count = threads
+        # PyAV's default lets threads share each frame, and waits for all of them at its end.
+        context.thread_type = "FRAME"
         context.color_range = ColorRange.MPEG
         context.colorspace = self._colour.matrix
         context.color_primaries = self._colour.primaries

@@ -14,26 +14,29 @@ import jax
 import numpy as np
 
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, StageKind
+from keysync_jax.config import Dtype, ModelConfig, StageKind
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
 from keysync_jax.media.composite import paste
 from keysync_jax.media.crop import crop_frame
 from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
-from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks, save_landmarks
+from keysync_jax.media.landmarks import bridge, load_landmarks, save_landmarks
 from keysync_jax.media.occlusion import Occluder
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.video import read_frames
 from keysync_jax.media.writer import VideoWriter, check_writable
 from keysync_jax.model import Model, model_bytes, model_folder, open_model
 from keysync_jax.pipeline.devices import Devices, check_count, local_devices
+from keysync_jax.pipeline.encoding import Encoder, detect_and_encode
 from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.features import audio_features
-from keysync_jax.pipeline.flow import Clock, ahead
+from keysync_jax.pipeline.flow import Clock, ahead, spread
 from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_features, interpolation, keyframes
-from keysync_jax.pipeline.latents import decode_frames, encode_frames, frames_per_call
-from keysync_jax.pipeline.phases import Advance, Phases
+from keysync_jax.pipeline.latents import decode_frames
+from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
+from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.programs import Compiling, programs
 from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
 from keysync_jax.pipeline.windows import FRAMES, merge_windows
@@ -42,6 +45,9 @@ from keysync_jax.typing import Frames
 
 AHEAD = 8
 """Frames that are read, or pasted, before they are asked for."""
+
+PASTING = 4
+"""Threads that paste faces, each a frame."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,10 @@ class DubSettings:
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
       quality: constant rate factor of the video, 0 (lossless) to 51.
-      windows_per_call: windows of a network call that each device takes; more use an accelerator better.
+      memory: "small", "balanced" or "fast", how much of a device's memory is used; see `memory.Memory`. The
+        result does not depend on it beyond rounding.
+      windows_per_call: windows of a network call that each device takes, at most; as `memory` says where it
+        is None. More use an accelerator better.
       devices: of this host that share the work; all of them where None. The result does not depend on it
         beyond rounding.
     """
@@ -71,7 +80,8 @@ class DubSettings:
     seed: int = 0
     dtype: Dtype | None = None
     quality: int = 16
-    windows_per_call: int = 1
+    memory: Memory = "balanced"
+    windows_per_call: int | None = None
     devices: int | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +91,8 @@ class DubSettings:
             raise UserError(f"the quality is 0 (lossless) to 51, not {self.quality}")
         if self.landmark_model is not None and self.landmarks != "mediapipe":
             raise UserError(f"a landmark model is MediaPipe's; landmarks={self.landmarks} takes none")
-        if self.windows_per_call < 1:
+        check_memory(self.memory)
+        if self.windows_per_call is not None and self.windows_per_call < 1:
             raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
         check_count(self.devices)
 
@@ -130,7 +141,9 @@ def dub(
     for source_file in (video, voice):
         if output.resolve() == source_file.resolve():
             raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
-    source = probe_source(video, voice)
+    # Rows of a file are one for each frame of the video.
+    rows_are_given = settings.landmarks not in DETECTORS or settings.occluder is not None
+    source = probe_source(video, voice, whole=rows_are_given)
     if not isinstance(model, Model):
         model = model_folder(model, settings.allow_download)
     given = _given_landmarks(source, settings)
@@ -141,23 +154,47 @@ def dub(
         raise UserError(
             f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"
         )
-    sampling = Sampling(
-        guidance_of(model.config.guidance),
-        align_your_steps(model.config.steps if settings.steps is None else settings.steps),
-        settings.seed,
-        settings.windows_per_call,
-        model.config.vae.scale_factor,
-        devices,
-    )
+    dtype = settings.compute_dtype
+    sizes = batches(settings.memory, model.config, dtype, settings.windows_per_call)
+    sampling = sampling_of(model.config, settings, devices, sizes)
     with (
         Workspace(output, _fingerprint(source, model, settings, sampling)) as work,
-        computing(settings.compute_dtype),
+        computing(dtype),
+        Compiling(
+            programs(model.config, dtype, sampling, sizes.frames, source.plan), dtype, _complete(source, work)
+        ) as compiling,
     ):
-        landmarks, present = _landmarks(source, settings, given, work, phases)
+        encoder = Encoder(source, model, dtype, sizes.frames, devices, work, compiling)
+        landmarks, present = _landmarks(source, settings, given, encoder, phases)
         geometry = face_geometry(source, model.config, landmarks, present, occluder, phases)
-        report = _Run(source, model, settings, sampling, geometry, work, phases).to(output)
+        run = _Run(source, model, settings, sampling, sizes, geometry, work, phases, compiling, encoder)
+        report = run.to(output)
         work.remove()
     return report
+
+
+def sampling_of(config: ModelConfig, settings: DubSettings, devices: Devices, sizes: Batches) -> Sampling:
+    """How a dub samples with a model."""
+    return Sampling(
+        guidance_of(config.guidance),
+        align_your_steps(config.steps if settings.steps is None else settings.steps),
+        settings.seed,
+        sizes.windows,
+        config.vae.scale_factor,
+        devices,
+        sizes.in_turn,
+    )
+
+
+def _complete(source: Source, work: Workspace) -> set[str]:
+    """Phases that an earlier run has completed."""
+    plan = source.plan
+    rows = {
+        "encode": ("latents", source.used),
+        "keyframes": ("keyframes", len(plan.keyframes)),
+        "interpolation": ("windows", len(plan.windows)),
+    }
+    return {phase for phase, (name, count) in rows.items() if work.done(name) == count}
 
 
 def _open(folder: Path, phases: Phases) -> Model:
@@ -201,30 +238,26 @@ def _given_occluder(source: Source, settings: DubSettings) -> Occluder | None:
 
 
 def _landmarks(
-    source: Source, settings: DubSettings, given: np.ndarray | None, work: Workspace, phases: Phases
+    source: Source, settings: DubSettings, given: np.ndarray | None, encoder: Encoder, phases: Phases
 ) -> tuple[np.ndarray, np.ndarray]:
     """Landmarks of every used frame, and whether it has a face, as `bridge` returns them.
 
     They are given, kept by an earlier run, or found now; they are kept once it is clear that there is a face.
     """
-    stored = work.folder / "landmarks.npy"
-    decoder = Clock()
-    with phases.phase("landmarks", source.used, "frames", decoder=decoder) as advance:
-        if given is None and not stored.is_file():
-            found = _detected(source, settings, advance, decoder)
+    stored = encoder.work.folder / "landmarks.npy"
+    if given is None and not stored.is_file():
+        device, decoder = Clock(), Clock()
+        with phases.phase("landmarks", source.used, "frames", device=device, decoder=decoder) as advance:
+            chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
+            with closing(make_detector(*chosen)) as detector:
+                found = detect_and_encode(source, detector, encoder, advance, device, decoder)
             bridged = bridge(found)
             save_landmarks(stored, found)
             return bridged
+    with phases.phase("landmarks", source.used, "frames") as advance:
         found = load_landmarks(stored, source.used) if given is None else given
         advance(source.used)
         return bridge(found)
-
-
-def _detected(source: Source, settings: DubSettings, advance: Advance, decoder: Clock) -> np.ndarray:
-    chosen = (settings.landmarks, settings.landmark_model, settings.allow_download)
-    read = decoder.timed(islice(read_frames(source.video), source.used))
-    with closing(make_detector(*chosen)) as detector, ahead(read, AHEAD) as frames:
-        return detect_all(frames, detector, advance, source.info.aspect)
 
 
 @dataclass
@@ -235,9 +268,12 @@ class _Run:
     model: Model
     settings: DubSettings
     sampling: Sampling
+    sizes: Batches
     geometry: Geometry
     work: Workspace
     phases: Phases
+    compiling: Compiling
+    encoder: Encoder
 
     def to(self, output: Path) -> DubReport:
         # The reference takes frame 0, which may be a title or a fade; it is the same where it has a face.
@@ -245,8 +281,11 @@ class _Run:
         clip = Clip(self._encode().values, self.geometry.masks, self.source.shown, identity)
         features = self._listen()
         keys = self._keyframes(clip, features)
-        windows = self._interpolate(clip, features, keys.values)
-        self._compose(windows.values, output)
+        device = Clock()
+        windows = self._windows(clip, features, keys.values, device)
+        if self.settings.memory == "small":
+            windows, device = self._interpolate(windows, device), Clock()
+        self._compose(windows, output, device)
         absent = int((~self.geometry.present[self.source.shown[: self.source.frames]]).sum())
         return DubReport(output, self.source.frames, absent, self.phases)
 
@@ -255,23 +294,15 @@ class _Run:
         return self.work.array(name, (rows, *inner, size, size, channels))
 
     def _encode(self) -> ResumableArray:
-        """Latents of the crop of every used frame."""
-        latents = self._latents("latents", self.source.used)
+        """Latents of the crop of every used frame: those that were not made while landmarks were found."""
+        count, done = self.source.used, self.encoder.done
         device, decoder = Clock(), Clock()
-        with self.phases.phase(
-            "encode", len(latents), "frames", latents.done, device=device, decoder=decoder
-        ) as advance:
-            if not latents.complete:
-                with ahead(decoder.timed(self._crops(latents.done)), AHEAD) as crops:
-                    vae = self.model.load("vae", self.settings.compute_dtype)
-                    for group in encode_frames(vae, crops, *self._frames_at_once(), device):
-                        latents.append(group)
-                        advance(len(group))
-        return latents
-
-    def _frames_at_once(self) -> tuple[int, Devices]:
-        """Frames of a call of the VAE that each device takes, and the devices."""
-        return frames_per_call(self.model.config.crop_size), self.sampling.devices
+        with self.phases.phase("encode", count, "frames", done, device=device, decoder=decoder) as advance:
+            if done < count:
+                with ahead(decoder.timed(self._crops(done)), AHEAD) as crops:
+                    for made in self.encoder.encode(crops, device):
+                        advance(made)
+        return self.encoder.latents
 
     def _crops(self, first: int) -> Iterator[np.ndarray]:
         size = self.model.config.crop_size
@@ -290,6 +321,7 @@ class _Run:
         made: dict[str, Features] = {}
         kinds = sorted({config.keyframe.audio_encoder, config.interpolation.audio_encoder})
         with self.phases.phase("audio", len(kinds), "encoders") as advance:
+            self.compiling.wait("audio")
             for kind in kinds:
                 params = self.model.load_encoder(kind)
                 vectors = audio_features(config.encoders[kind], params, self.source.wave, frames)
@@ -312,31 +344,41 @@ class _Run:
         with self.phases.phase("keyframes", calls, "calls", first, device=device) as advance:
             if not latents.complete:
                 network = self.model.load("keyframe", self.settings.compute_dtype)
+                self.compiling.wait("keyframes")
                 inputs = (network, clip, plan, features["keyframe"], self.sampling)
                 for rows in keyframes(*inputs, first, device):
                     latents.append(rows)
                     advance(1)
         return latents
 
-    def _interpolate(
-        self, clip: Clip, features: dict[StageKind, Features], keyframe_latents: np.ndarray
-    ) -> ResumableArray:
+    def _windows(
+        self, clip: Clip, features: dict[StageKind, Features], keyframe_latents: np.ndarray, device: Clock
+    ) -> Iterator[np.ndarray]:
+        """Latents of every window in order, those that an earlier run made first; new ones are kept."""
         plan = self.source.plan
         latents = self._latents("windows", len(plan.windows), self.model.config.interpolation.frames)
-        device, done = Clock(), latents.done
-        with self.phases.phase("interpolation", len(latents), "windows", done, device=device) as advance:
-            if not latents.complete:
-                network = self.model.load("interpolation", self.settings.compute_dtype)
-                inputs = (network, clip, plan, features["interpolation"], keyframe_latents, self.sampling)
-                for window in interpolation(*inputs, done, device):
-                    latents.append(window[None])
-                    advance(1)
-        return latents
+        done = latents.done
+        yield from latents.values[:done]
+        if done < len(latents):
+            network = self.model.load("interpolation", self.settings.compute_dtype)
+            self.compiling.wait("interpolation")
+            inputs = (network, clip, plan, features["interpolation"], keyframe_latents, self.sampling)
+            for window in interpolation(*inputs, done, device):
+                latents.append(window[None])
+                yield window
 
-    def _compose(self, windows: np.ndarray, output: Path) -> None:
-        """Decodes the windows, pastes each frame into the source's and writes the video, all at once."""
+    def _interpolate(self, windows: Iterator[np.ndarray], device: Clock) -> Iterator[np.ndarray]:
+        """All windows before any is decoded, so that their network's memory is free again by then."""
+        count = len(self.source.plan.windows)
+        with self.phases.phase("interpolation", count, "windows", device=device) as advance:
+            for _ in windows:
+                advance(1)
+        return iter(self._latents("windows", count, self.model.config.interpolation.frames).values)
+
+    def _compose(self, windows: Iterator[np.ndarray], output: Path, device: Clock) -> None:
+        """Samples and decodes the windows, pastes each frame into the source's and writes it, all at once."""
         info, source = self.source.info, self.source
-        device, decoder, encoder = Clock(), Clock(), Clock()
+        decoder, encoder = Clock(), Clock()
         originals = pingpong_frames(source.video, source.frames, timeline=source.timeline)
         with (
             self.phases.phase(
@@ -364,13 +406,15 @@ class _Run:
             with encoder.running():  # It holds some frames back until the file is closed.
                 file.close()
 
-    def _decoded(self, windows: np.ndarray, device: Clock) -> Iterator[Frames]:
+    def _decoded(self, windows: Iterator[np.ndarray], device: Clock) -> Iterator[Frames]:
         """Generated crops of the frames that have a face, call by call; for a thread of its own."""
         with computing(self.settings.compute_dtype):
             vae = self.model.load("vae", self.settings.compute_dtype)
-            yield from decode_frames(vae, self._shown_latents(windows), *self._frames_at_once(), device)
+            self.compiling.wait("compose")
+            shown = self._shown_latents(windows)
+            yield from decode_frames(vae, shown, self.sizes.frames, self.sampling.devices, device)
 
-    def _shown_latents(self, windows: np.ndarray) -> Iterator[np.ndarray]:
+    def _shown_latents(self, windows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Latents of the frames that have a face; none that is not shown is decoded.
 
         A frame that two windows share has the same latents in both, its keyframe's: averaging them, as the
@@ -396,8 +440,13 @@ def composed(
       uint8 `[H, W, 3]`: the original where there is no face, and outside the pasted region.
     """
     faces = iter(generated)
-    for original, at in zip(originals, shown, strict=False):
-        if geometry.present[at]:
-            yield paste(original, next(faces), geometry.masks[at], geometry.boxes[at])
-        else:
-            yield original
+
+    def pasted(item: tuple[np.ndarray, np.ndarray | None, int]) -> np.ndarray:
+        original, face, at = item
+        return original if face is None else paste(original, face, geometry.masks[at], geometry.boxes[at])
+
+    items = (
+        (original, next(faces) if geometry.present[at] else None, at)
+        for original, at in zip(originals, shown, strict=False)
+    )
+    return spread(pasted, items, PASTING)

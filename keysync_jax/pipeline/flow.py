@@ -2,14 +2,17 @@
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Full, Queue, SimpleQueue
 from typing import Any, Generic, TypeVar, cast
 
 import jax
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
@@ -21,6 +24,14 @@ class Clock:
     """Seconds in which one part of a machine (device, decoder, encoder) was busy."""
 
     busy: float = 0.0
+    _until: float = field(default=0.0, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def ran(self, start: float, end: float) -> None:
+        """Counts a stretch of `time.perf_counter`; where stretches overlap, each moment once."""
+        with self._lock:
+            self.busy += max(end - max(start, self._until), 0.0)
+            self._until = max(self._until, end)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -101,6 +112,23 @@ class _Ahead(Iterator[T], Generic[T]):
                 return
 
 
+def spread(function: Callable[[T], S], items: Iterable[T], threads: int) -> Iterator[S]:
+    """What a function makes of each item, in their order, in up to `threads` threads.
+
+    No more items are taken than are worked on, and one. What the function raises comes in its item's place.
+    """
+    pool, under_way = ThreadPoolExecutor(threads, "spread"), deque[Future[S]]()
+    try:
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) > threads:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def results(calls: Iterable[Any], device: Clock | None = None) -> Iterator[Any]:
     """What asynchronous calls return, on the host; each is waited for after the next was dispatched.
 
@@ -135,14 +163,11 @@ def _watching(device: Clock) -> Iterator["SimpleQueue[tuple[float, Any] | None]"
     calls: SimpleQueue[tuple[float, Any] | None] = SimpleQueue()
 
     def watch() -> None:
-        free = 0.0
         while (call := calls.get()) is not None:
             dispatched, result = call
             with suppress(Exception):  # It is raised where the result is asked for.
                 jax.block_until_ready(result)
-            ready = time.perf_counter()
-            device.busy += ready - max(dispatched, free)
-            free = ready
+            device.ran(dispatched, time.perf_counter())
 
     thread = threading.Thread(target=watch, name="device clock", daemon=True)
     thread.start()

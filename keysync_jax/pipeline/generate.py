@@ -1,20 +1,30 @@
 """The two stages over a whole clip: keyframes first, then the frames between them."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 
 from keysync_jax.config import EncoderKind, StageConfig
 from keysync_jax.diffusion.guidance import Guidance
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
+from keysync_jax.nn.stages import InterpolationStage, KeyframeStage
 from keysync_jax.pipeline.devices import ONE_DEVICE, Devices
 from keysync_jax.pipeline.flow import Clock, results
-from keysync_jax.pipeline.sampling import Windows, sample_windows
+from keysync_jax.pipeline.sampling import (
+    Windows,
+    sample_windows,
+    sample_windows_by_branch,
+    sample_windows_in_turn,
+)
 from keysync_jax.pipeline.windows import Plan
+from keysync_jax.typing import Array
 
 KEYFRAME_STREAM, INTERPOLATION_STREAM = 0, 1
 
@@ -60,9 +70,10 @@ class Sampling:
     Attributes:
       sigmas: noise levels `[steps + 1]`, the last 0.
       seed: of all noise.
-      windows_per_call: windows of a network call that each device takes; the last call is filled up.
+      windows_per_call: windows of a network call that each device takes, at most; the last call is filled up.
       scale_factor: stored latents are raw ones times this.
-      devices: that share a call's windows.
+      devices: that share a call's windows, or the branches of each where there are few.
+      in_turn: a window's branches one after another, in the memory of one.
     """
 
     guidance: Guidance
@@ -71,11 +82,60 @@ class Sampling:
     windows_per_call: int = 1
     scale_factor: float = 0.18215
     devices: Devices = ONE_DEVICE
+    in_turn: bool = False
+
+    def calls(self, windows: int) -> "Calls":
+        """How a stage of so many windows is done."""
+        devices = self.devices.for_windows(windows, len(self.guidance.branches))
+        # No larger than the stage needs; a power of two, so that lengths of clips have few programs.
+        needed = 2 ** math.ceil(math.log2(max(-(-windows // len(devices)), 1)))
+        size = min(self.windows_per_call, needed) * len(devices)
+        if devices.share_branches:
+            return Calls(sample_windows_by_branch, devices, size)
+        return Calls(sample_windows_in_turn if self.in_turn else sample_windows, devices, size)
 
     def noise(self, stream: int, call: int, shape: tuple[int, ...]) -> jax.Array:
         """The noise of one window: it depends on the seed, the stage and the window's number alone."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), stream), call)
         return jax.random.normal(key, shape)
+
+
+class Calls(NamedTuple):
+    """The network calls of a stage.
+
+    Attributes:
+      function: one of `sampling`'s, which take the same arguments.
+      devices: that it runs on.
+      size: windows of a call.
+    """
+
+    function: Callable[..., jax.Array]
+    devices: Devices
+    size: int
+
+    def given(self, sampling: Sampling) -> tuple[Guidance, Array]:
+        """What every call takes beside its windows, on the devices."""
+        return self.devices.copy((sampling.guidance, np.asarray(sampling.sigmas, np.float32)))
+
+
+def lowered(config: StageConfig, network: Network, sampling: Sampling, windows: int) -> Lowered:
+    """The program that a stage of so many windows runs, before there are any (`Devices.lowered`).
+
+    Args:
+      network: with shapes for parameters.
+    """
+    calls = sampling.calls(windows)
+    side, channels = config.latent_size, config.unet.out_channels
+    kind = {"keyframe": KeyframeStage, "interpolation": InterpolationStage}[config.kind]
+
+    def rows(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((calls.size, *shape), np.float32)
+
+    latents = rows(config.frames, side, side, channels)
+    reference = rows(kind.reference_frames, side, side, channels)
+    audio, mask = rows(config.frames, 2, config.audio_dim), rows(config.frames, side, side, 1)
+    shapes = Windows(latents, audio, reference, latents, mask)
+    return calls.devices.lowered(calls.function, network, shapes, *calls.given(sampling))
 
 
 def check_features(config: StageConfig, features: Features, frames: int) -> None:
@@ -167,10 +227,9 @@ def _sampled(
     device: Clock | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Samples windows `first` to `count` in batches of one shape; yields (window, latents)."""
-    devices = sampling.devices
-    network = devices.network(network)
-    given = devices.copy((sampling.guidance, np.asarray(sampling.sigmas, np.float32)))
-    size = sampling.windows_per_call * len(devices)
+    plan = sampling.calls(count)
+    function, devices, size = plan
+    network, given = devices.network(network), plan.given(sampling)
     starts = range(first, count, size)
 
     def batch(start: int) -> Windows:
@@ -180,6 +239,6 @@ def _sampled(
         # The noise stays on the device: to read it the host would wait for the call before this one.
         return devices.split(Windows(jnp.stack(noise), *map(np.stack, others)))
 
-    calls = (devices.run(sample_windows, network, batch(start), *given) for start in starts)
+    calls = (devices.run(function, network, batch(start), *given) for start in starts)
     for start, latents in zip(starts, results(calls, device), strict=True):
         yield from zip(range(start, min(start + size, count)), latents, strict=False)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Lowered
 
 from keysync_jax.model import Network
 from keysync_jax.nn.functional import bind
@@ -19,27 +20,19 @@ from keysync_jax.pipeline.flow import Clock, results
 from keysync_jax.typing import Array, Frames, Params
 
 FRAMES_PER_CALL = 2
-"""Frames that the VAE takes at once where the device does not tell its memory."""
-
-MOST_PER_CALL = 16
-"""Frames from which a larger call of the VAE is no quicker."""
-
-DECODE_BYTES = 1.5 * 2**30
-"""Device memory of a 512 x 512 frame while it is decoded, of all that the VAE does the most; as the area."""
+"""Frames that the VAE takes at once unless it is told otherwise."""
 
 
-def frames_per_call(size: int) -> int:
-    """Frames of `size` x `size` that a call of the VAE takes on each device.
+def encoder_program(vae: Network, size: int, per_call: int, devices: Devices) -> Lowered:
+    """The program of `encode_frames` for frames of `size` x `size`; the VAE has shapes for parameters."""
+    frames = jax.ShapeDtypeStruct((per_call * len(devices), size, size, 3), np.uint8)
+    return devices.lowered(_encode, vae, frames)
 
-    They fill up to half of the memory that is free now. A power of two, so that runs of about the same free
-    memory have the same programs.
-    """
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return FRAMES_PER_CALL
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    fit = free / 2 / (DECODE_BYTES * (size / 512) ** 2)
-    return 2 ** int(np.log2(np.clip(fit, 1, MOST_PER_CALL)))
+
+def decoder_program(vae: Network, latent: tuple[int, int, int], per_call: int, devices: Devices) -> Lowered:
+    """The program of `decode_frames` for latents `[s, s, C]`; the VAE has shapes for parameters."""
+    latents = jax.ShapeDtypeStruct((per_call * len(devices), *latent), np.float32)
+    return devices.lowered(_decode_pixels, vae, latents)
 
 
 @partial(jax.jit, static_argnames="graphdef")

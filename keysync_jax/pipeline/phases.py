@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ class Phase:
     """What one phase took.
 
     Attributes:
-      seconds: wall time, of which `compile_seconds` compiling `compiled` programs.
+      seconds: wall time.
+      compiled, compile_seconds: programs compiled meanwhile and what they took, all threads together.
       peak_bytes: peak host memory of the process up to the end of the phase.
       busy: seconds in which each of `PARTS` that the phase has was busy.
     """
@@ -107,6 +109,7 @@ class _Compiles:
 
     count = 0
     seconds = 0.0
+    lock = threading.Lock()
 
     @classmethod
     def snapshot(cls) -> tuple[int, float]:
@@ -115,14 +118,16 @@ class _Compiles:
     @classmethod
     def listen(cls, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILE_EVENT:
-            cls.count += 1
-            cls.seconds += duration_secs
+            with cls.lock:
+                cls.count += 1
+                cls.seconds += duration_secs
 
     @classmethod
     def listen_hits(cls, event: str, **_: str | int) -> None:
         """A program that was found on disk is announced as compiled as well."""
         if event == _FROM_DISK_EVENT:
-            cls.count -= 1
+            with cls.lock:
+                cls.count -= 1
 
 
 jax.monitoring.register_event_duration_secs_listener(_Compiles.listen)

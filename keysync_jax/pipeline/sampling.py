@@ -1,9 +1,10 @@
 """The fused denoising loop of a stage: all steps and guidance branches of a batch of windows, one jit."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from keysync_jax.config import GuidanceConfig
@@ -20,6 +21,7 @@ from keysync_jax.diffusion.guidance import (
 )
 from keysync_jax.diffusion.sampler import Denoise, sample, steps
 from keysync_jax.nn.functional import bind
+from keysync_jax.pipeline.devices import BRANCHES
 from keysync_jax.typing import Array, Params
 
 
@@ -68,6 +70,34 @@ def sample_windows(
 
 
 @partial(jax.jit, static_argnames="graphdef")
+def sample_windows_in_turn(
+    graphdef: nnx.GraphDef, params: Params, windows: Windows, guidance: Guidance, sigmas: Array
+) -> Array:
+    """`sample_windows`, the branches one after another in the memory of one; equal up to rounding."""
+    branches = jnp.arange(len(guidance.branches))
+    return sample(_summed(graphdef, params, windows, guidance, branches), windows.noise, sigmas)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def sample_windows_by_branch(
+    graphdef: nnx.GraphDef, params: Params, windows: Windows, guidance: Guidance, sigmas: Array
+) -> Array:
+    """`sample_windows` in a `jax.shard_map`, branches shared by the devices along `BRANCHES`.
+
+    Each device has the same windows, and they add up what their branches made at every step. Equal to
+    `sample_windows` up to rounding.
+    """
+    share = -(-len(guidance.branches) // jax.lax.axis_size(BRANCHES))
+    own = jax.lax.axis_index(BRANCHES) * share + jnp.arange(share)
+    part = _summed(graphdef, params, windows, guidance, own)
+
+    def denoise(x: Array, sigma: Array) -> Array:
+        return jax.lax.psum(part(x, sigma), BRANCHES)
+
+    return sample(denoise, windows.noise, sigmas)
+
+
+@partial(jax.jit, static_argnames="graphdef")
 def sample_steps(
     graphdef: nnx.GraphDef, params: Params, windows: Windows, guidance: Guidance, sigmas: Array
 ) -> tuple[Array, Array]:
@@ -96,3 +126,45 @@ def _guided(graphdef: nnx.GraphDef, params: Params, windows: Windows, guidance: 
         return combine(guidance, branches)
 
     return denoise
+
+
+def _summed(
+    graphdef: nnx.GraphDef, params: Params, windows: Windows, guidance: Guidance, branches: Array
+) -> Denoise:
+    """The weighted sum of some branches of the guided denoiser, one after another by one program.
+
+    Args:
+      branches: their numbers `[n]`; one past the last branch adds nothing.
+    """
+    stage = bind(graphdef, params)
+    projected = stage.project_audio(windows.audio)
+    key_value = stage.key_value(projected)
+    weights = jnp.stack([jnp.asarray(w, jnp.float32) for w in guidance.weights])
+    audio = jnp.array([branch.audio for branch in guidance.branches])
+    reference = jnp.array([branch.reference for branch in guidance.branches])
+    chosen = (
+        jnp.take(weights, branches, mode="fill", fill_value=0),
+        jnp.take(audio, branches, mode="fill", fill_value=False),
+        jnp.take(reference, branches, mode="fill", fill_value=False),
+    )
+
+    def denoise(x: Array, sigma: Array) -> Array:
+        def add(total: Array, branch: tuple[Array, Array, Array]) -> tuple[Array, None]:
+            weight, has_audio, has_reference = branch
+            # Keys and values have no bias: those of zero audio are zero.
+            audio, key_values = _kept(has_audio, (projected, key_value))
+            given = _kept(has_reference, windows.reference)
+
+            def network(x: Array, c_noise: Array) -> Array:
+                return stage(x, c_noise, audio, given, key_values)
+
+            return total + weight * precond.denoise(network, x, sigma, windows.gt, windows.mask), None
+
+        return jax.lax.scan(add, jnp.zeros_like(x), chosen)[0]
+
+    return denoise
+
+
+def _kept(condition: Array, tree: Any) -> Any:
+    """The arrays where a scalar bool holds, else zeros."""
+    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)

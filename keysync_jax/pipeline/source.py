@@ -24,7 +24,7 @@ class Source:
 
     Attributes:
       frames: frames of the dub, as many as the voice needs.
-      timeline: the video's frames at 25 a second.
+      timeline: the video's frames at 25 a second, all of them or at least those that the plan shows.
       wave: the voice, 16 kHz mono.
     """
 
@@ -69,11 +69,16 @@ class Geometry:
     masks: np.ndarray
 
 
-def probe_source(video: Path, voice: Path) -> Source:
-    """Describes the two files. Raises UserError if one of them cannot be used."""
+def probe_source(video: Path, voice: Path, whole: bool = True) -> Source:
+    """Describes the two files, the whole video's timeline or what the voice needs of it.
+
+    Raises:
+      UserError: one of them cannot be used.
+    """
     info = probe_video(video)
     wave = read_audio(voice)
-    return Source(video, voice, info, scan_timeline(video), wave)
+    planned = make_plan(padded_length(frames_of(len(wave)))).windows[-1][1] + 1
+    return Source(video, voice, info, scan_timeline(video, most=None if whole else planned), wave)
 
 
 def face_geometry(

@@ -13,13 +13,16 @@ does.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Lowered
 
 from keysync_jax.config import SpeechConfig
 from keysync_jax.nn.functional import bind, select, shapes
@@ -87,6 +90,39 @@ def hidden_states(
         layer = jax.device_put(select(params, f"encoder.layers.{i}"))
         x = _through_layer(network, layer, x, count, line)
     return x.reshape(-1, x.shape[-1])[:count]
+
+
+def programs(
+    config: SpeechConfig, params: Params, dtype: jnp.dtype = jnp.float32, pieces: Pieces = PIECES
+) -> Iterator[Callable[[], Lowered]]:
+    """What lowers each program of `hidden_states`, which compiles nothing more once they are compiled.
+
+    Args:
+      params: shapes in place of arrays.
+    """
+    network = Network(config, jnp.dtype(dtype))
+    trunk = {k: v for k, v in params.items() if not k.startswith("encoder.layers.")}
+    layer = select(params, "encoder.layers.0")
+    owned = pieces.front * config.hop // config.conv_stride[0]
+    samples = pieces.front * config.hop + config.receptive_field - config.hop
+    chunk, vectors = _fp32(1, samples), _fp32(1, pieces.block, config.hidden_size)
+    moments = jax.eval_shape(_first_moments, network, owned, trunk, chunk, 1)
+    padded = _fp32(1, pieces.block + sum(halo(config)), config.hidden_size)
+    line = jax.eval_shape(_distance_bias, network, trunk)
+    key, value = jax.eval_shape(_keys_values, network, layer, vectors)
+    query, gate, softmax = jax.eval_shape(_queries, network, layer, vectors)
+    yield partial(_first_moments.lower, network, owned, trunk, chunk, 1)
+    yield partial(_front.lower, network, trunk, chunk, *moments)
+    yield partial(_positions.lower, network, trunk, padded)
+    yield partial(_distance_bias.lower, network, trunk)
+    yield partial(_keys_values.lower, network, layer, vectors)
+    yield partial(_queries.lower, network, layer, vectors)
+    yield partial(_attend.lower, softmax, query, gate, key, value, line, 0, 1)
+    yield partial(_finish.lower, network, layer, vectors, softmax)
+
+
+def _fp32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _project(network: Network, trunk: Params, wave: np.ndarray, count: int, size: int) -> np.ndarray:

@@ -46,6 +46,10 @@ class Workspace(AbstractContextManager["Workspace"]):
         """An array on disk that is filled row by row; what an earlier run filled is still there."""
         return ResumableArray(self.folder / f"{name}.npy", shape, dtype)
 
+    def done(self, name: str) -> int:
+        """Rows of an array that an earlier run filled; the array need not be there."""
+        return _rows_done(self.folder / f"{name}.npy")
+
     def remove(self) -> None:
         """Removes everything that is kept."""
         shutil.rmtree(self.folder)
@@ -65,8 +69,8 @@ class ResumableArray:
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any):
-        self._count = path.with_suffix(".done")
-        self.done = int(self._count.read_text()) if self._count.is_file() else 0
+        self._count = _count_of(path)
+        self.done = _rows_done(path)
         mode: Any = "r+" if self.done else "w+"
         self.values = np.lib.format.open_memmap(path, mode, dtype=dtype, shape=shape)
         if not self.done:
@@ -85,3 +89,13 @@ class ResumableArray:
         self.values.flush()
         self.done += len(rows)
         write_text(self._count, str(self.done))
+
+
+def _count_of(path: Path) -> Path:
+    """The file beside an array that says how many of its rows are filled."""
+    return path.with_suffix(".done")
+
+
+def _rows_done(path: Path) -> int:
+    count = _count_of(path)
+    return int(count.read_text()) if count.is_file() else 0

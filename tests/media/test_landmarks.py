@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -16,9 +16,10 @@ from keysync_jax.errors import UserError
 from keysync_jax.media import assets
 from keysync_jax.media.assets import ASSETS, cache_folder, resolve_asset
 from keysync_jax.media.detectors import FaceAlignmentDetector, MediaPipeDetector, make_detector
-from keysync_jax.media.landmarks import bridge, detect_all, load_landmarks, save_landmarks
+from keysync_jax.media.landmarks import bridge, bridge_each, detect_all, load_landmarks, save_landmarks
 from keysync_jax.media.timeline import Timeline
 from keysync_jax.media.video import read_frames
+from tests.clips import face_landmarks
 
 
 def some_landmarks(frames: int) -> np.ndarray:
@@ -86,6 +87,40 @@ def test_gaps_are_bridged_and_long_ones_are_absent() -> None:
     assert filled.dtype == np.float32
     assert np.flatnonzero(~present).tolist() == [10, 11, 12, 13]
     assert np.flatnonzero(~bridge(landmarks, max_gap=1)[1]).tolist() == [0, 1, 5, 6, 7, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("most", [40, 10, 0])
+def test_a_stream_is_bridged_as_the_whole_is(most: int) -> None:
+    draw = np.random.default_rng(0)
+    landmarks = draw.normal(200, 50, (90, 68, 2)).astype(np.float32)
+    for start, stop in ((0, 3), (10, 11), (20, 32), (33, 46), (60, 61), (80, 90)):
+        landmarks[start:stop] = np.nan
+    taken = iter(enumerate(landmarks))
+    found = list(bridge_each(taken, most))
+    filled, present = bridge(landmarks)
+    # As far as the first gap that is too long to hold; the rest is taken, but not yielded.
+    assert len(found) == {40: 90, 10: 20, 0: 0}[most]
+    assert next(taken, None) is None
+    assert [item for item, _, _ in found] == list(range(len(found)))
+    for item, row, here in found:
+        np.testing.assert_array_equal(row, filled[item])
+        assert here == present[item]
+    assert not list(bridge_each(enumerate(landmarks[:3]), most))
+
+
+def test_what_follows_a_face_is_needed_only_where_there_is_none() -> None:
+    landmarks = face_landmarks(6)
+    landmarks[2:4] = np.nan
+    taken: list[int] = []
+
+    def rows() -> Iterator[tuple[int, np.ndarray]]:
+        for i, row in enumerate(landmarks):
+            taken.append(i)
+            yield i, row
+
+    assert [(item, taken[-1]) for item, _, _ in bridge_each(rows(), 9)] == [
+        (0, 0), (1, 1), (2, 4), (3, 4), (4, 4), (5, 5),
+    ]  # fmt: skip
 
 
 def test_bridging_leaves_found_faces_alone() -> None:

@@ -483,3 +483,21 @@ def test_the_real_clip(real: Path) -> None:
     for frame, reference in zip(read_frames(clip), stored, strict=False):
         assert frame.flags.c_contiguous
         assert np.abs(frame.astype(int) - reference).mean() < 2
+
+
+def test_threads_encode_whole_frames_side_by_side(tmp_path: Path) -> None:
+    """A frame that threads share is cut into slices, which cost bits, and ends when its slowest one does."""
+    path = tmp_path / "video.mp4"
+    with VideoWriter(path, 320, 240, threads=4) as writer:
+        for i in range(6):
+            writer.write(np.full((240, 320, 3), 40 * i, np.uint8))
+    slices = []
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            data, kinds = bytes(packet), []
+            while data:
+                size = int.from_bytes(data[:4], "big")
+                kinds.append(data[4] & 31)
+                data = data[4 + size :]
+            slices.append(sum(kind in (1, 5) for kind in kinds))  # coded slices, of a picture or a key frame
+    assert slices[:6] == [1] * 6

@@ -6,6 +6,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,12 +21,19 @@ from keysync_jax.nn.functional import init
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
 from keysync_jax.pipeline.devices import Devices, _on_each, local_devices
-from keysync_jax.pipeline.generate import Clip, Features, Sampling, interpolation, keyframes
-from keysync_jax.pipeline.latents import _encode, decode_frames, encode_frames
+from keysync_jax.pipeline.generate import Clip, Features, Sampling, interpolation, keyframes, lowered
+from keysync_jax.pipeline.latents import (
+    _encode,
+    decode_frames,
+    decoder_program,
+    encode_frames,
+    encoder_program,
+)
+from keysync_jax.pipeline.programs import Compiling
 from keysync_jax.pipeline.windows import make_plan
 
 FRAMES, SIZE = 13 * 11 + 1, 8
-"""Eleven windows: a call of eight, and one that is filled up."""
+"""Eleven windows: a call of eight, and one that is filled up; and one window of keyframes, by branch."""
 
 VAE_SIZES = VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_groups=4)
 
@@ -43,11 +51,14 @@ def unet(channels: int) -> UNetConfig:
     )
 
 
+def stage_config(kind: Any) -> StageConfig:
+    return StageConfig(kind, "hubert", unet({"keyframe": 8, "interpolation": 9}[kind]), latent_size=SIZE)
+
+
 def networks() -> dict[str, Network]:
-    kinds = {"keyframe": 8, "interpolation": 9}
     made = {}
-    for kind, channels in kinds.items():
-        config = StageConfig(kind, "hubert", unet(channels), latent_size=SIZE)  # type: ignore[arg-type]
+    for kind in ("keyframe", "interpolation"):
+        config = stage_config(kind)
         graphdef, params = init(lambda rngs, config=config: stage(config, rngs=rngs))
         # What is initialised with zeros would hide a difference.
         made[kind] = Network(graphdef, {k: x + 0.01 for k, x in params.items()})
@@ -61,13 +72,34 @@ def counted() -> Iterator[list[str]]:
     made: list[str] = []
     active = True
 
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **named: str | int) -> None:
         if active and event == "/jax/core/compile/backend_compile_duration":
-            made.append(event)
+            made.append(str(named["fun_name"]))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield made
     active = False
+
+
+def compile_ahead(nets: dict[str, Network], devices: Devices) -> None:
+    """From shapes and in threads, as a dub does it."""
+    shapes = {k: Network(n.graphdef, jax.tree.map(shape_of, n.params)) for k, n in nets.items()}
+    sampling = Sampling(Separated(), align_your_steps(), devices=devices)
+    configs = {k: stage_config(k) for k in ("keyframe", "interpolation")}
+    latent = (SIZE, SIZE, VAE_SIZES.latent_channels)
+    plan = make_plan(FRAMES)
+    windows = {"keyframe": len(plan.keyframe_calls), "interpolation": len(plan.windows)}
+    lowers = [partial(lowered, configs[k], shapes[k], sampling, n) for k, n in windows.items()]
+    lowers += [
+        partial(encoder_program, shapes["vae"], 2 * SIZE, 2, devices),
+        partial(decoder_program, shapes["vae"], latent, 2, devices),
+    ]
+    with Compiling({"all": lowers}, "bf16") as compiling:
+        compiling.wait("all")
+
+
+def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def everything(nets: dict[str, Network], devices: Devices, first: int = 0) -> dict[str, Any]:
@@ -118,12 +150,15 @@ def guard_notices(nets: dict[str, Network], devices: Devices) -> bool:
 def main() -> None:
     nets, many, one = networks(), local_devices(), local_devices(1)
     alone = everything(nets, one)
-    split = everything(nets, many)
+    with counted() as compiled:
+        compile_ahead(nets, many)
+        split = everything(nets, many)
     with counted() as again, guarded() as calls:
         rest = everything(nets, many, first=3)
     found = {
         "devices": len(many),
         "differences": {k: float(np.abs(split[k] - alone[k]).max()) for k in alone},
+        "compiled": compiled.count("jit(_on_each)"),
         "sizes": {k: float(np.abs(alone[k]).max()) for k in alone},
         "resumed": float(np.abs(rest["windows"] - alone["windows"][3:]).max()),
         "compiled_again": len(again),

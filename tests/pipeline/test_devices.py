@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
-from keysync_jax.pipeline import latents
 from keysync_jax.pipeline.devices import ONE_DEVICE, Devices, local_devices
 from tests.train.tiny_training import CPU_FLAGS
 
@@ -34,12 +33,39 @@ def test_eight_devices_give_what_one_gives() -> None:
     for name, difference in found["differences"].items():
         assert difference <= 1e-5 * found["sizes"][name], found
     assert found["resumed"] <= 1e-5 * found["sizes"]["windows"], found
-    # Encoder, decoder and both stages compile once each, whatever the number of calls.
-    assert (found["programs"], found["compiled_again"]) == (4, 0)
-    # 21 frames, 12 keyframes in one call, then 8 windows (3 to 10): every call is of the same size.
-    calls = ["_encode"] * 2 + ["sample_windows"] * 2 + ["_decode_pixels"] * 2
+    # Encoder, decoder and both stages compile once each, in threads before their inputs are there.
+    assert (found["programs"], found["compiled"], found["compiled_again"]) == (4, 4, 0)
+    # 21 frames, 12 keyframes in one window, then 8 windows (3 to 10): every call is of the same size.
+    calls = ["_encode"] * 2 + ["sample_windows_by_branch", "sample_windows"] + ["_decode_pixels"] * 2
     assert found["calls"] == calls
     assert found["guard_notices"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "windows", "branches", "rows", "columns"),
+    [
+        (8, 8, 3, 8, 1),
+        (8, 100, 3, 8, 1),
+        (8, 1, 3, 1, 3),
+        (8, 2, 3, 2, 3),
+        (8, 3, 3, 3, 2),  # of the two that are as quick, the one with fewer sums
+        (8, 5, 3, 8, 1),
+        (4, 1, 3, 1, 3),
+        (4, 2, 3, 2, 2),
+        (4, 3, 3, 4, 1),
+        (2, 1, 3, 1, 2),  # one device has two branches
+        (2, 1, 1, 2, 1),
+        (1, 1, 3, 1, 1),
+    ],
+)
+def test_devices_share_the_branches_of_few_windows(
+    devices: int, windows: int, branches: int, rows: int, columns: int
+) -> None:
+    found = mesh_of(devices).for_windows(windows, branches)
+    assert found.mesh is not None
+    assert found.mesh.shape == ({"rows": rows} if columns == 1 else {"rows": rows, "branches": columns})
+    assert len(found) == rows
+    assert ONE_DEVICE.for_windows(windows, branches) is ONE_DEVICE
 
 
 def mesh_of(count: int) -> Devices:
@@ -75,26 +101,3 @@ def test_no_more_devices_are_taken_than_there_are() -> None:
         local_devices(here + 1)
     with pytest.raises(UserError, match="at least 1 device"):
         local_devices(0)
-
-
-@pytest.mark.parametrize(
-    ("stats", "size", "count"),
-    [
-        (None, 512, 2),
-        ({}, 512, 2),
-        ({"bytes_limit": 80 * 2**30, "bytes_in_use": 10 * 2**30}, 512, 16),
-        ({"bytes_limit": 16 * 2**30, "bytes_in_use": 2**30}, 512, 4),
-        ({"bytes_limit": 4 * 2**30}, 512, 1),
-        ({"bytes_limit": 2**30}, 512, 1),
-        ({"bytes_limit": 4 * 2**30}, 128, 16),
-    ],
-)
-def test_the_vae_takes_what_fits_half_of_the_free_memory(
-    monkeypatch: pytest.MonkeyPatch, stats: dict[str, int] | None, size: int, count: int
-) -> None:
-    class Device:
-        def memory_stats(self) -> dict[str, int] | None:
-            return stats
-
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert latents.frames_per_call(size) == count

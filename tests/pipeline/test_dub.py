@@ -24,6 +24,7 @@ import pytest
 from keysync_jax.backend import computing
 from keysync_jax.cli import main
 from keysync_jax.errors import UserError
+from keysync_jax.media import video as video_module
 from keysync_jax.media.composite import paste, pasted_region
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.timeline import source_index
@@ -31,12 +32,15 @@ from keysync_jax.media.video import probe_video
 from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import Model, open_model
 from keysync_jax.pipeline import dub as dub_module
-from keysync_jax.pipeline import generate, latents
+from keysync_jax.pipeline import encoding, generate, latents
+from keysync_jax.pipeline.devices import Devices
 from keysync_jax.pipeline.dub import DubReport, DubSettings, dub
 from keysync_jax.pipeline.flow import Clock
 from keysync_jax.pipeline.generate import Features, check_features
 from keysync_jax.pipeline.latents import decode_latents
 from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.sampling import sample_windows
+from keysync_jax.pipeline.source import probe_source
 from keysync_jax.pipeline.windows import merge_windows
 from keysync_jax.pipeline.workspace import Workspace
 from tests.clips import face_landmarks, write_video, write_voice
@@ -151,19 +155,61 @@ def test_what_lies_before_the_face_is_left_alone(
 class Finder:
     """A detector that finds a face in every frame, or in none; counts how often it was made."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, face: bool = True):
+    def __init__(self, patch: pytest.MonkeyPatch, face: bool = True, rows: np.ndarray | None = None):
         self.made, self.face = 0, face
+        self.rows = face_landmarks(FRAMES) if rows is None else rows
         patch.setattr(dub_module, "make_detector", self._make)
 
     def _make(self, *_: object) -> "Finder":
-        self.made, self._landmarks = self.made + 1, iter(face_landmarks(FRAMES))
+        self.made, self._landmarks = self.made + 1, iter(self.rows)
         return self
 
     def detect(self, frame: np.ndarray) -> np.ndarray | None:
-        return next(self._landmarks) if self.face else None
+        row = next(self._landmarks)
+        return row if self.face and np.isfinite(row).all() else None
 
     def close(self) -> None:
         pass
+
+
+@pytest.mark.parametrize(("gap", "held", "passes"), [(10, 2**28, 4), (10, 1, 5)])
+def test_one_pass_over_the_video_finds_the_landmarks_and_encodes(
+    clip: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gap: int,
+    held: int,
+    passes: int,
+) -> None:
+    """The others: its first frame, its timeline, the dub. Only a gap too long to hold costs one more."""
+    landmarks = face_landmarks(FRAMES)
+    landmarks[4 : 4 + gap] = np.nan
+    np.save(tmp_path / "landmarks.npy", landmarks)
+    opened: list[Path] = []
+    made: list[np.ndarray] = []
+    open_video = video_module.open_video
+    for chosen in (DubSettings(landmarks=str(tmp_path / "landmarks.npy")), DubSettings()):
+        with monkeypatch.context() as patch:
+            patch.setattr(video_module, "open_video", lambda path: opened.append(path) or open_video(path))
+            Finder(patch, rows=landmarks)
+            patch.setattr(encoding, "HELD_BYTES", held)
+            captured = Captured(patch)
+            opened.clear()
+            dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, chosen)
+        made.append(np.stack(captured.frames))
+    assert len(opened) == passes
+    np.testing.assert_array_equal(*made)
+
+
+def test_no_more_of_a_long_video_is_read_than_the_voice_needs(clip: Path, tmp_path: Path) -> None:
+    voice = write_voice(tmp_path / "voice.wav", 0.6)
+    whole = probe_source(clip / "video.mp4", voice)
+    part = probe_source(clip / "video.mp4", voice, whole=False)
+    assert (len(whole.timeline), len(part.timeline)) == (FRAMES, 27)
+    np.testing.assert_array_equal(part.timeline.index, whole.timeline.index[:27])
+    np.testing.assert_array_equal(part.shown, whole.shown)
+    assert part.used == whole.used == 27
 
 
 def test_bad_masks_cost_no_landmarks(
@@ -177,7 +223,7 @@ def test_bad_masks_cost_no_landmarks(
 
     model, finder = open_model(tiny_model), Finder(monkeypatch)
     kept = tmp_path / ".out.mp4.work/landmarks.npy"
-    monkeypatch.setattr(dub_module, "encode_frames", interrupted)
+    monkeypatch.setattr(dub_module, "audio_features", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert kept.is_file()
@@ -248,7 +294,7 @@ def test_a_longer_voice_compiles_nothing_new_and_plays_the_video_to_and_fro(
     assert len(made) == 1
     assert_untouched_outside(captured, clip / "video.mp4", 48, FRAMES)
     table = second.phases.table()
-    assert "interpolation" in table
+    assert "compose" in table
     assert "GiB" in table
 
 
@@ -297,17 +343,17 @@ def test_only_shown_faces_are_decoded_and_the_frames_are_those_of_whole_windows(
     np.save(tmp_path / "gaps.npy", landmarks)
     decoded: list[int] = []
     windows: list[np.ndarray] = []
-    decode, compose, captured = latents._decode_pixels, dub_module._Run._compose, Captured(monkeypatch)
+    call, compose, captured = Devices.run, dub_module._Run._compose, Captured(monkeypatch)
 
-    def counted(*given: Any) -> Any:
-        decoded.append(len(given[-1]))
-        return decode(*given)
+    def counted(devices: Devices, function: Any, network: Any, rows: Any, *given: Any) -> Any:
+        decoded.append(len(rows) if function is latents._decode_pixels else 0)
+        return call(devices, function, network, rows, *given)
 
-    def keep(run: Any, made: np.ndarray, output: Path) -> None:
-        windows.append(np.array(made))
-        compose(run, made, output)
+    def keep(run: Any, made: Iterator[np.ndarray], *given: Any) -> None:
+        windows.append(np.stack(list(made)))
+        compose(run, iter(windows[0]), *given)
 
-    monkeypatch.setattr(latents, "_decode_pixels", counted)
+    monkeypatch.setattr(Devices, "run", counted)
     monkeypatch.setattr(dub_module._Run, "_compose", keep)
     gaps = settings(clip, landmarks=str(tmp_path / "gaps.npy"))
     dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, gaps)
@@ -345,12 +391,40 @@ def test_the_video_is_read_while_the_dub_is_written(
     parts = {
         "encode": {"device", "decoder"},
         "keyframes": {"device"},
-        "interpolation": {"device"},
         "compose": {"device", "decoder", "encoder"},
     }
     for name, used in parts.items():
         assert phases[name].busy.keys() == used
         assert all(0 < busy < phases[name].seconds for busy in phases[name].busy.values())
+
+
+@pytest.mark.parametrize("memory", ["balanced", "small"])
+def test_the_dub_is_written_while_windows_are_sampled(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Any
+) -> None:
+    """With little memory the windows come first, and the stage is gone when faces are decoded."""
+    written, run, write = threading.Event(), Devices.run, VideoWriter.write
+    seen: list[bool] = []
+
+    def sample(devices: Devices, function: Any, network: Any, rows: Any, *given: Any) -> Any:
+        if not function.__name__.startswith("sample_windows"):
+            return run(devices, function, network, rows, *given)
+        seen.append(written.wait(20 if memory == "balanced" and len(seen) == 4 else 0))
+        return rows.noise
+
+    def writing(writer: VideoWriter, frame: np.ndarray) -> None:
+        write(writer, frame)
+        written.set()
+
+    monkeypatch.setattr(dub_module, "programs", lambda *_: {})
+    monkeypatch.setattr(Devices, "run", sample)
+    monkeypatch.setattr(VideoWriter, "write", writing)
+    chosen = settings(clip, memory=memory)
+    report = dub(clip / "video.mp4", clip / "longer.wav", tmp_path / "out.mp4", tiny_model, chosen)
+    # One call of keyframes, four windows; the last is sampled once the first has been written.
+    assert len(seen) == 5
+    assert seen[-1] == (memory == "balanced")
+    assert ("interpolation" in [phase.name for phase in report.phases.done]) == (memory == "small")
 
 
 @pytest.mark.parametrize("stop_in", ["keyframes", "interpolation", "compose"])
@@ -370,32 +444,41 @@ def test_an_interrupted_dub_goes_on_where_it_was(
             run("out.mp4", patch)
     assert not (tmp_path / "out.mp4").exists()
     assert (tmp_path / ".out.mp4.work").is_dir()
-    calls: list[int] = []
+    calls: list[bool] = []
     with monkeypatch.context() as patch:
-        sample = generate.sample_windows
-        patch.setattr(generate, "sample_windows", lambda *a: calls.append(1) or sample(*a))
+        run_call = Devices.run
+
+        def counted(devices: Devices, function: Any, *given: Any) -> Any:
+            calls.append(function is sample_windows)
+            return run_call(devices, function, *given)
+
+        patch.setattr(Devices, "run", counted)
         _report, frames = run("out.mp4", patch)
     np.testing.assert_array_equal(frames, whole)
-    assert len(calls) == {"keyframes": 1 + 4, "interpolation": 3, "compose": 0}[stop_in]
+    assert sum(calls) == {"keyframes": 1 + 4, "interpolation": 3, "compose": 0}[stop_in]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.mp4", "whole.mp4"]
 
 
 def stop(patch: pytest.MonkeyPatch, phase: str) -> None:
-    """Ctrl-C in the keyframe call, after the first interpolation window, or while composing."""
-    sample, calls = generate.sample_windows, []
+    """Ctrl-C in the keyframe call, after the first interpolation window, or when all are sampled."""
+    run, calls = Devices.run, []
 
-    def sample_and_stop(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == {"keyframes": 1, "interpolation": 3}.get(phase):
+    def sample_and_stop(devices: Devices, function: Any, *given: Any) -> Any:
+        calls.append(function is sample_windows)
+        if calls[-1] and sum(calls) == {"keyframes": 1, "interpolation": 3}.get(phase):
             raise KeyboardInterrupt
-        return sample(*arguments)
+        return run(devices, function, *given)
 
-    def write(writer: VideoWriter, frame: np.ndarray) -> None:
-        raise KeyboardInterrupt
+    write = VideoWriter.write
 
-    patch.setattr(generate, "sample_windows", sample_and_stop)
+    def write_and_stop(writer: VideoWriter, frame: np.ndarray) -> None:
+        if writer.frames == 40:  # of the fourth window, the last
+            raise KeyboardInterrupt
+        write(writer, frame)
+
+    patch.setattr(Devices, "run", sample_and_stop)
     if phase == "compose":
-        patch.setattr(VideoWriter, "write", write)
+        patch.setattr(VideoWriter, "write", write_and_stop)
 
 
 def test_features_of_the_wrong_encoder_are_refused(tiny_model: Path) -> None:
@@ -507,7 +590,8 @@ def test_the_report_counts_time_programs_and_memory() -> None:
 
     phases = Phases(show=False)
     with phases.phase("one", 2, "units") as advance:
-        jax.jit(lambda x: x * 3 + json.loads("2"))(jnp.ones(7))
+        now = time.time()  # so that the program is in no store
+        jax.jit(lambda x: x * 3 + now)(jnp.ones(7))
         advance(2)
     with phases.phase("two", 1, "units"):
         pass

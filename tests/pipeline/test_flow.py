@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from keysync_jax.errors import UserError
-from keysync_jax.pipeline.flow import Clock, ahead, results
+from keysync_jax.pipeline.flow import Clock, ahead, results, spread
 
 
 def threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name in ("ahead", "device clock")]
+    return [t for t in threading.enumerate() if t.name.startswith(("ahead", "device clock", "spread"))]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,48 @@ def test_threads_after_one_another_end_in_any_state() -> None:
     with pytest.raises(KeyboardInterrupt), ahead(source, 1) as first, ahead(waiting(first), 1):
         raise KeyboardInterrupt
     assert source.closed_in == "ahead"
+
+
+def test_work_is_spread_over_threads_in_the_order_of_its_items() -> None:
+    source, busy, most = Source(20), [0], [0]
+    lock = threading.Lock()
+
+    def work(item: int) -> int:
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        time.sleep(0.02 * (item % 3))
+        with lock:
+            busy[0] -= 1
+        return 10 * item
+
+    made = spread(work, source, 3)
+    assert next(made) == 0
+    assert source.taken == 4
+    assert list(made) == [10 * i for i in range(1, 20)]
+    assert most[0] == 3
+
+
+def test_a_fault_of_spread_work_comes_in_its_items_place() -> None:
+    def work(item: int) -> int:
+        if item == 2:
+            raise UserError("no picture")
+        return item
+
+    made = spread(work, range(9), 4)
+    assert [next(made), next(made)] == [0, 1]
+    with pytest.raises(UserError, match="no picture"):
+        next(made)
+    begun = spread(work, Source(), 2)
+    assert next(begun) == 0
+    begun.close()  # type: ignore[attr-defined]
+
+
+def test_a_clock_counts_each_moment_once() -> None:
+    clock = Clock()
+    for start, end in ((1.0, 3.0), (2.0, 4.0), (2.5, 3.5), (6.0, 7.0)):
+        clock.ran(start, end)
+    assert clock.busy == 4.0
 
 
 def test_a_call_is_dispatched_before_the_last_one_is_waited_for() -> None:
