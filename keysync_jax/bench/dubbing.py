@@ -85,6 +85,7 @@ def measure_dub(
       UserError: an input cannot be used.
     """
     settings = changed(settings, landmarks=work.landmarks)
+    work = changed(work, note=f"{work.note}, memory {settings.memory}")
 
     def once(number: int) -> tuple[DubReport, float]:
         output, before = folder / f"dub-{number}.mp4", time.perf_counter()

@@ -37,6 +37,9 @@ def add_bench(commands: Commands) -> None:
         metavar="TOPOLOGY",
         help="for a TPU that is not here (v5e:2x2, v6e:2x2, v5p:2x2x1, ...): compile and count",
     )
+    parser.add_argument(
+        "--memory", choices=("small", "balanced", "fast"), help="of sampler and dub, as dub takes it"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     _add_dub(parser)
     _add_train(parser)
@@ -124,6 +127,8 @@ def _refuse(arguments: argparse.Namespace, parts: Sequence[str]) -> None:
     if arguments.against == "torch" and (other := set(parts) - set(NETWORKS)):
         raise UserError(f"--against torch is for the networks, not for {', '.join(sorted(other))}")
     _refuse_clip(arguments)
+    if arguments.memory is not None and not {"sampler", "dub"} & set(parts):
+        raise UserError("--memory goes with bench sampler and bench dub")
     for name in ("repeats", "batch"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} takes 1 or more, not {value}")
@@ -185,15 +190,21 @@ def _networks(
 ) -> list[Any]:
     from keysync_jax.bench.measure import measure
     from keysync_jax.bench.torch_side import torch_call
-    from keysync_jax.bench.workloads import workloads
 
     rows = []
-    for workload in [w for part in parts for w in workloads(part, size, dtype, arguments.batch or 1)]:
+    for workload in [w for part in parts for w in _made(part, size, dtype, arguments)]:
         beside = None
         if arguments.against == "torch":
             beside = torch_call(workload, size, dtype, arguments.torch_compile)
         rows.append(measure(workload, repeats, beside))
     return rows
+
+
+def _made(part: str, size: Any, dtype: Dtype, arguments: argparse.Namespace) -> list[Any]:
+    """The programs of a part."""
+    from keysync_jax.bench.workloads import workloads
+
+    return workloads(part, size, dtype, arguments.batch or 1, arguments.memory or "balanced")
 
 
 @contextmanager
@@ -207,6 +218,8 @@ def _dubs(arguments: argparse.Namespace, size: Any, dtype: Any, repeats: int) ->
     settings = DubSettings(dtype=dtype)
     if arguments.batch is not None:
         settings = dataclasses.replace(settings, windows_per_call=arguments.batch)
+    if arguments.memory is not None:
+        settings = dataclasses.replace(settings, memory=arguments.memory)
     with temporary_folder("keysync-bench-dub") as folder:
         if arguments.model is not None:
             model = model_folder(arguments.model)
@@ -283,7 +296,6 @@ def _compiled(arguments: argparse.Namespace, parts: Sequence[str], chips: Any) -
     """Every program: a network for one chip, the training step for all of them."""
     from keysync_jax.bench.aot import compile_ahead
     from keysync_jax.bench.sizes import size_of
-    from keysync_jax.bench.workloads import workloads
     from keysync_jax.train.ahead import step_ahead
 
     size = size_of(arguments.size or "tiny")
@@ -295,7 +307,7 @@ def _compiled(arguments: argparse.Namespace, parts: Sequence[str], chips: Any) -
             for setting in _settings(arguments, len(chips.devices)):
                 yield step_ahead(setting.config, chips.devices, f"train {setting.name}")
         else:
-            for workload in workloads(part, size, dtype, arguments.batch or 1):
+            for workload in _made(part, size, dtype, arguments):
                 yield compile_ahead(workload, chips)
 
 

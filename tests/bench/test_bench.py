@@ -61,6 +61,16 @@ def test_every_part_can_be_run_at_every_size(part: str, size: str) -> None:
         assert workload.frames >= 2
 
 
+def test_with_little_memory_the_sampler_takes_branches_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "keysync_jax.bench.workloads"
+    monkeypatch.setattr(f"{module}.sample_windows", lambda *_: "together")
+    monkeypatch.setattr(f"{module}.sample_windows_in_turn", lambda *_: "in turn")
+    for memory, how in (("balanced", "together"), ("small", "in turn")):
+        (made,) = workloads("sampler", SIZES["tiny"], "bf16", 1, memory)
+        assert made.run(made.params, made.inputs) == how
+        assert made.note.endswith(" in turn") == (memory == "small")
+
+
 def test_calls_take_turns_and_the_first_does_not_count() -> None:
     order = []
 
@@ -125,6 +135,7 @@ def test_a_report_is_compared_with_an_earlier_one(tmp_path: Path) -> None:
         (["--batch", "0"], "--batch takes 1 or more"),
         (["--repeats", "0"], "--repeats takes 1 or more"),
         (["--torch-compile"], "goes with --against torch"),
+        (["unet", "--memory", "small"], "--memory goes with bench sampler and bench dub"),
         (["--against", "absent.json"], "absent.json: cannot be read as a report"),
     ],
 )
