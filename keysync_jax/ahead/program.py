@@ -200,7 +200,7 @@ def _limits(found: Ahead) -> list[str]:
         return [alone]
     limit = max(bounds, key=lambda name: bounds[name])
     return [
-        f"{alone}; {limit} is the limit",
+        f"{alone}; the limit: {limit}",
         f"as scheduled, every instruction by the roofline: {1e3 * found.played.seconds:.3g} ms, of which "
         f"{1e3 * found.played.total.waited:.3g} ms wait for the links",
     ]

@@ -203,7 +203,9 @@ def _jitted(mesh: Mesh, step: AnyStep, state: TrainState) -> tuple[Any, Any]:
 
     def apply(state: TrainState, aids: dict[str, Params], batch: Any) -> tuple[TrainState, Metrics]:
         with tracing_for(mesh):
-            return step.apply(state, aids, batch)
+            # Gathered, as they are smaller than what they compute: the compiler would send their activations.
+            whole = jax.lax.with_sharding_constraint(aids, NamedSharding(mesh, PartitionSpec()))
+            return step.apply(state, whole, batch)
 
     jitted = jax.jit(
         apply,

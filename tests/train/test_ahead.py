@@ -11,8 +11,10 @@ import pytest
 from keysync_jax.ahead.program import TooLargeError, compiled
 from keysync_jax.cli import main
 from keysync_jax.errors import UserError
-from keysync_jax.train.ahead import savings, step_ahead
+from keysync_jax.train.ahead import savings, step_ahead, step_shapes
 from keysync_jax.train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
+from keysync_jax.train.sharding import _jitted, make_mesh
+from keysync_jax.train.step import init_state
 from tests.train.smallest_config import smallest
 
 CONFIG = str(Path(__file__).parent / "smallest_config.py")
@@ -61,6 +63,17 @@ def test_other_faults_of_the_compiler_are_not_taken_for_too_little_memory() -> N
         compiled(lambda: Lowered("RESOURCE_EXHAUSTED: much.\nand a table"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         compiled(lambda: Lowered("INTERNAL: a fault"))
+
+
+def test_the_decoder_is_gathered_before_it_computes() -> None:
+    """Its weights are less than its activations, which a step would send from chip to chip otherwise."""
+    config = dataclasses.replace(smallest(), loss=LossConfig(pixel="l2"))
+    mesh = make_mesh(config.mesh, config.batch_size, jax.devices()[:1])
+    step, params, batch = step_shapes(config)
+    state = jax.eval_shape(lambda params: init_state(config, params), params)
+    jitted, _ = _jitted(mesh, step, state)
+    traced = str(jax.make_jaxpr(jitted)(state, step.aids, batch))
+    assert traced.count(" sharding_constraint") == len(step.aids["vae"]) > 20
 
 
 @pytest.mark.parametrize(
