@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keysync_jax.errors import UserError
+from keysync_jax.extras import needed_for
+from keysync_jax.train.config import AnyTrainConfig
 from keysync_jax.train.config_file import load_config
 
 
@@ -17,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", metavar="DIR", help="of the run; an interrupted one goes on")
     parser.add_argument("--dry-run", action="store_true", help="print what the run takes, and stop")
     parser.add_argument("--devices", type=int, metavar="N", help="of the dry run (default 1)")
+    parser.add_argument(
+        "--topology",
+        metavar="TPU",
+        help="of the dry run (v5e:4x8, v5p:2x2x4, ...): compile the step for these chips",
+    )
     parser.add_argument(
         "--multihost", action="store_true", help="join the other hosts, as the cluster's environment says"
     )
@@ -31,12 +38,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Runs the parsed command; returns the exit code: 0, or 128 + the signal that stopped the run."""
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
-        from keysync_jax.train.dry_run import dry_run
-
-        print(dry_run(config, 1 if arguments.devices is None else arguments.devices).table())
-        return 0
+        return _dry_run(config, arguments.devices, arguments.topology)
     if arguments.devices is not None:
         raise UserError("--devices goes with --dry-run; a run takes all devices that are here")
+    if arguments.topology is not None:
+        raise UserError("--topology goes with --dry-run; a run takes the devices that are here")
     workdir = _local_folder(arguments.workdir)
     join_hosts(arguments.multihost, arguments.coordinator, arguments.processes, arguments.process)
     _keep_compiled(workdir)
@@ -52,6 +58,25 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         file=sys.stderr,
     )
     return 128 + outcome.signal
+
+
+def _dry_run(config: AnyTrainConfig, devices: int | None, topology: str | None) -> int:
+    """Prints what a run takes; for a topology also what its compiled step does on each chip."""
+    from keysync_jax.train.dry_run import dry_run
+
+    if topology is None:
+        print(dry_run(config, 1 if devices is None else devices).table())
+        return 0
+    if devices is not None:
+        raise UserError("--devices and --topology both say how many devices there are; give one")
+    with needed_for("keysync train --dry-run --topology"):
+        from keysync_jax.ahead import chips, program
+        from keysync_jax.train.ahead import step_ahead
+
+        here = chips.topology(topology).devices
+    print(dry_run(config, len(here)).table(), end="\n\n", flush=True)
+    print(program.table(step_ahead(config, here)))
+    return 0
 
 
 def _keep_compiled(workdir: Path) -> None:

@@ -2,16 +2,20 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
+from keysync_jax.ahead.chips import device_peak
 from keysync_jax.backend import computing
 from keysync_jax.bench.workloads import Workload, random_arrays
 from keysync_jax.pipeline.phases import peak_bytes
-from keysync_jax.train.flops import device_peak, training_flops
+from keysync_jax.train.flops import training_flops
 
 _STORE = "jax_enable_compilation_cache"
 
@@ -125,15 +129,43 @@ def flop_of(workload: Workload) -> int:
 
 def _compiled(workload: Workload) -> tuple[Any, float]:
     """The program and the seconds it took to make it, whatever is in the store of compiled programs."""
+    with nothing_stored(), computing(workload.dtype):
+        before = time.perf_counter()
+        compiled = jax.jit(workload.run).lower(workload.params, workload.inputs).compile()
+        return compiled, time.perf_counter() - before
+
+
+@contextmanager
+def nothing_stored() -> Iterator[None]:
+    """In the block programs are compiled, whatever is in the store of compiled programs."""
     stored = getattr(jax.config, _STORE)
     jax.config.update(_STORE, False)
     try:
-        before = time.perf_counter()
-        with computing(workload.dtype):
-            compiled = jax.jit(workload.run).lower(workload.params, workload.inputs).compile()
-        return compiled, time.perf_counter() - before
+        yield
     finally:
         jax.config.update(_STORE, stored)
+
+
+@contextmanager
+def fresh_store(folder: Path) -> Iterator[None]:
+    """In the block programs are kept in this folder alone: each is compiled once, none is there before.
+
+    Args:
+      folder: an empty one.
+    """
+    ours = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in ours}
+    _use_store(ours)
+    try:
+        yield
+    finally:
+        _use_store(before)
+
+
+def _use_store(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX opens a store once.
 
 
 def _take_turns(calls: Sequence[Call], repeats: int) -> tuple[Timing, Timing | None]:

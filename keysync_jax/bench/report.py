@@ -62,7 +62,7 @@ def table(conditions: Conditions, rows: Sequence[Measured], before: dict[str, fl
         if row.other is not None and row.ratio is not None:
             line += f"{row.other.median:>10.4f}{row.ratio:>7.2f}"
         if before is not None:
-            line += _against(before.get(row.name), t.median)
+            line += against(before.get(row.name), t.median)
         lines.append(line)
     return "\n".join([*lines, *(f"{row.name}: {row.note}" for row in rows)])
 
@@ -71,12 +71,16 @@ def _compared(rows: Sequence[Measured]) -> bool:
     return any(row.other is not None for row in rows)
 
 
-def _against(before: float | None, now: float) -> str:
+def against(before: float | None, now: float) -> str:
+    """Two columns: what it was, and the ratio; dashes where it is not known."""
     return f"{'-':>10}{'-':>7}" if before is None else f"{before:>10.4f}{now / before:>7.2f}"
 
 
-def save(path: Path, conditions: Conditions, rows: Sequence[Measured]) -> None:
-    """Writes a report that `medians` reads.
+def save(path: Path, conditions: Conditions, rows: Sequence[Any]) -> None:
+    """Writes a report that `read` reads.
+
+    Args:
+      rows: dataclasses with `name` and `timing`.
 
     Raises:
       OSError: the file cannot be written.
@@ -84,11 +88,11 @@ def save(path: Path, conditions: Conditions, rows: Sequence[Measured]) -> None:
     write_json(path, {"format": FORMAT, **asdict(conditions), "rows": [asdict(row) for row in rows]})
 
 
-def medians(path: Path, conditions: Conditions) -> dict[str, float]:
-    """Median seconds of an earlier report by the row's name.
+def read(path: Path) -> dict[str, Any]:
+    """An earlier report's content, with its `path`.
 
     Raises:
-      UserError: the file is no report, or was measured under other conditions than these.
+      UserError: the file is no report.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
@@ -96,7 +100,26 @@ def medians(path: Path, conditions: Conditions) -> dict[str, float]:
         raise UserError(f"{path}: cannot be read as a report of keysync bench ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a report of keysync bench in the format {FORMAT}")
+    return {**content, "path": path}
+
+
+def check(earlier: dict[str, Any], conditions: Conditions) -> None:
+    """Refuses an earlier report (`read`) that was measured under other conditions than these.
+
+    Raises:
+      UserError: it was.
+    """
     for name, now in asdict(conditions).items():
-        if name != "versions" and content.get(name) != now:
-            raise UserError(f"{path}: was measured with {name} {content.get(name)}, this run with {now}")
-    return {row["name"]: row["timing"]["median"] for row in content["rows"]}
+        if name != "versions" and earlier.get(name) != now:
+            raise UserError(
+                f"{earlier['path']}: was measured with {name} {earlier.get(name)}, this run with {now}"
+            )
+
+
+def comparable(earlier: dict[str, Any] | None, rows: Sequence[Any]) -> dict[str, float] | None:
+    """Median seconds of an earlier report for those of these rows that are of the same work; None of none."""
+    if earlier is None:
+        return None
+    notes = {row.name: row.note for row in rows}
+    same = [row for row in earlier["rows"] if row["timing"] and notes.get(row["name"]) == row["note"]]
+    return {row["name"]: row["timing"]["median"] for row in same}

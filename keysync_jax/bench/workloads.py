@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from keysync_jax.nn.functional import Make, bind, shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
-from keysync_jax.pipeline.sampling import Windows, sample_windows
+from keysync_jax.pipeline.memory import Memory
+from keysync_jax.pipeline.sampling import Windows, sample_windows, sample_windows_in_turn
 
 SECONDS_OF_SPEECH = 10
 
@@ -47,12 +49,13 @@ class Workload:
     dtype: Dtype = "fp32"
 
 
-def workloads(part: str, size: Size, dtype: Dtype, batch: int) -> list[Workload]:
+def workloads(part: str, size: Size, dtype: Dtype, batch: int, memory: Memory = "balanced") -> list[Workload]:
     """The programs of a part: "unet", "vae", "audio" or "sampler".
 
     Args:
       dtype: of the computation; matrices are held in it, as a dub holds them.
       batch: windows (unet, sampler), frames (vae) or clips of 10 s (audio) in a call.
+      memory: as a dub has it: with "small" the sampler takes the branches of the guidance in turn.
 
     Raises:
       UserError: there is no such part.
@@ -61,7 +64,7 @@ def workloads(part: str, size: Size, dtype: Dtype, batch: int) -> list[Workload]
         "unet": _unet,
         "vae": _vae,
         "audio": _audio,
-        "sampler": _sampler,
+        "sampler": partial(_sampler, in_turn=memory == "small"),
     }
     if part not in makers:
         raise UserError(f"there is nothing named {part} to measure; choose one of {', '.join(makers)}")
@@ -118,14 +121,15 @@ def _audio(size: Size, dtype: Dtype, batch: int) -> list[Workload]:
     return [Workload("audio", run, params, inputs, batch * 25 * SECONDS_OF_SPEECH, note, dtype)]
 
 
-def _sampler(size: Size, dtype: Dtype, batch: int) -> list[Workload]:
+def _sampler(size: Size, dtype: Dtype, batch: int, in_turn: bool) -> list[Workload]:
     config = size.stage
     graphdef, params = _held(lambda rngs: stage(config, dtype=DTYPES[dtype], rngs=rngs), dtype)
     side, t, channels = config.latent_size, config.frames, config.unet.out_channels
     sigmas = align_your_steps(10)
+    sample = sample_windows_in_turn if in_turn else sample_windows
 
     def run(params: Any, x: Any) -> Any:
-        return sample_windows(graphdef, params, Windows(**x), Separated(), jnp.asarray(sigmas, jnp.float32))
+        return sample(graphdef, params, Windows(**x), Separated(), jnp.asarray(sigmas, jnp.float32))
 
     latents = _fp32(batch, t, side, side, channels)
     inputs = {
@@ -136,7 +140,7 @@ def _sampler(size: Size, dtype: Dtype, batch: int) -> list[Workload]:
         "mask": _fp32(batch, t, side, side, 1),
     }
     steps, branches = len(sigmas) - 1, len(Separated.branches)
-    note = f"{batch} windows, {steps} steps x {branches} branches"
+    note = f"{batch} windows, {steps} steps x {branches} branches{' in turn' if in_turn else ''}"
     # Of a window's frames the last is the next one's first.
     return [Workload("sampler", run, params, inputs, batch * (t - 1), note, dtype)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keysync_jax.config import nearest
+from keysync_jax.config import nearest, to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.extras import needed_for
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, train_config_from
@@ -36,6 +36,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyTrainConf
     for override in overrides:
         _override(values, override)
     return train_config_from(values, str(path))
+
+
+def with_settings(config: AnyTrainConfig, settings: Sequence[str]) -> AnyTrainConfig:
+    """A config with other values of some keys, `section.key=value` each, as `load_config` reads overrides.
+
+    Raises:
+      UserError: as that.
+    """
+    values = to_dict(config)
+    for setting in settings:
+        _override(values, setting)
+    return train_config_from(values, "config")
 
 
 def load_stage_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

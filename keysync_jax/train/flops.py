@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, from shapes alone, and what known devices can do.
+"""Floating-point operations of a training step, from shapes alone.
 
 Counted are matrix products and convolutions, which are nearly all of the work: 2 operations a
 multiply-add in the forward pass, and as many again for each operand that needs a gradient. So frozen
@@ -6,7 +6,6 @@ weights cost no gradient of their own, and what is recomputed in the backward pa
 """
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,36 +23,6 @@ from keysync_jax.train.config import TrainConfig, VAETrainConfig
 from keysync_jax.train.optimizer import partition
 from keysync_jax.train.step import draw_clips, draw_noise, make_step
 from keysync_jax.typing import Params
-
-PEAKS = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("L4", 121e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-)
-"""(words of `device_kind`, operations a second): dense bf16, from the makers' data sheets."""
-
-
-def device_peak(kind: str) -> float | None:
-    """Operations a second that one device can do in bf16; None where it is not known.
-
-    Args:
-      kind: `jax.devices()[0].device_kind`.
-    """
-    words = re.split(r"[^a-z0-9]+", kind.lower())
-    for name, peak in PEAKS:
-        if all(word in words for word in name.lower().split()):
-            return peak
-    return None
 
 
 def batch_shapes(config: TrainConfig) -> Batch:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from keysync_jax.ahead.chips import device_peak
 from keysync_jax.backend import computing
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
@@ -26,7 +27,7 @@ from keysync_jax.train.checkpoint import Checkpoints, settle_config
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.data import Samples, load
 from keysync_jax.train.fits import check_alike, check_fits
-from keysync_jax.train.flops import device_peak, step_flops, vae_step_flops
+from keysync_jax.train.flops import step_flops, vae_step_flops
 from keysync_jax.train.hosts import decided
 from keysync_jax.train.inputs import Inputs, inputs_of
 from keysync_jax.train.logs import Logs

@@ -185,6 +185,17 @@ def jit_step(mesh: Mesh, step: AnyStep, state: TrainState) -> Run:
     return run
 
 
+def lowered_step(mesh: Mesh, step: AnyStep, state: TrainState, batch: Any) -> Any:
+    """The step lowered for a mesh whose devices need not be here (`jax.stages.Lowered`).
+
+    Args:
+      step: its judging networks may be shapes.
+      state, batch: shapes.
+    """
+    jitted, _ = _jitted(mesh, step, state)
+    return jitted.lower(state, step.aids, batch)
+
+
 def _jitted(mesh: Mesh, step: AnyStep, state: TrainState) -> tuple[Any, Any]:
     """The jitted `step.apply`, and the shardings of its judging networks."""
     placed = shardings(mesh, step.config.mesh, state)
@@ -192,7 +203,9 @@ def _jitted(mesh: Mesh, step: AnyStep, state: TrainState) -> tuple[Any, Any]:
 
     def apply(state: TrainState, aids: dict[str, Params], batch: Any) -> tuple[TrainState, Metrics]:
         with tracing_for(mesh):
-            return step.apply(state, aids, batch)
+            # Gathered, as they are smaller than what they compute: the compiler would send their activations.
+            whole = jax.lax.with_sharding_constraint(aids, NamedSharding(mesh, PartitionSpec()))
+            return step.apply(state, whole, batch)
 
     jitted = jax.jit(
         apply,

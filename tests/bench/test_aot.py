@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from keysync_jax.bench.aot import Ahead, Chip, chip_of, least_bytes, table
-from keysync_jax.bench.hlo import KINDS, Cost
+from keysync_jax.ahead.chips import Chip
+from keysync_jax.ahead.hlo import KINDS, Cost
+from keysync_jax.ahead.program import Ahead, table
+from keysync_jax.bench.aot import least_bytes
 from keysync_jax.bench.sizes import size_of
 from keysync_jax.bench.workloads import Workload, workloads
 from keysync_jax.cli import main
-from keysync_jax.errors import UserError
 
 HAS_LIBTPU = find_spec("libtpu") is not None
 
@@ -33,12 +34,6 @@ def test_without_libtpu_the_extra_is_named(
 def test_nothing_runs_so_nothing_is_compared(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--aot", "v5e:2x2", *option]) == 2
     assert "--aot runs nothing" in capsys.readouterr().err
-
-
-def test_a_chip_without_a_sheet_is_no_guess() -> None:
-    assert chip_of("TPU v6 lite").hbm == 32 * 2**30
-    with pytest.raises(UserError, match="nothing is known of the chip TPU v99"):
-        chip_of("TPU v99")
 
 
 def test_what_must_move_by_hand() -> None:

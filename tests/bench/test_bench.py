@@ -1,5 +1,6 @@
 """The benchmark: what it counts, what it compares, what it writes."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.bench import report
-from keysync_jax.bench.measure import Measured, Timing, flop_of, measure
+from keysync_jax.bench.measure import Measured, Timing, flop_of, fresh_store, measure
 from keysync_jax.bench.sizes import SIZES, size_of
 from keysync_jax.bench.torch_side import torch_call
 from keysync_jax.bench.workloads import Workload, random_arrays, workloads
@@ -60,6 +61,16 @@ def test_every_part_can_be_run_at_every_size(part: str, size: str) -> None:
         assert workload.frames >= 2
 
 
+def test_with_little_memory_the_sampler_takes_branches_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "keysync_jax.bench.workloads"
+    monkeypatch.setattr(f"{module}.sample_windows", lambda *_: "together")
+    monkeypatch.setattr(f"{module}.sample_windows_in_turn", lambda *_: "in turn")
+    for memory, how in (("balanced", "together"), ("small", "in turn")):
+        (made,) = workloads("sampler", SIZES["tiny"], "bf16", 1, memory)
+        assert made.run(made.params, made.inputs) == how
+        assert made.note.endswith(" in turn") == (memory == "small")
+
+
 def test_calls_take_turns_and_the_first_does_not_count() -> None:
     order = []
 
@@ -100,16 +111,20 @@ def test_pytorch_does_the_same_work(name: str) -> None:
 def test_a_report_is_compared_with_an_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "before.json"
     report.save(path, CONDITIONS, [row(median=1.0), row("sampler")])
-    assert report.medians(path, CONDITIONS) == {"unet": 1.0, "sampler": 0.5}
-    text = report.table(CONDITIONS, [row(), row("vae encode")], report.medians(path, CONDITIONS))
+    earlier = report.read(path)
+    report.check(earlier, CONDITIONS)
+    now = [row(), row("vae encode")]
+    assert report.comparable(earlier, now) == {"unet": 1.0}
+    assert report.comparable(earlier, [dataclasses.replace(row(), note="13 frames")]) == {}
+    text = report.table(CONDITIONS, now, report.comparable(earlier, now))
     assert "1.0000   0.50" in text
     assert text.count(" -") >= 1
     other = report.Conditions("tiny", "bf16", 1, "cpu", 2, {})
     with pytest.raises(UserError, match="was measured with dtype fp32, this run with bf16"):
-        report.medians(path, other)
+        report.check(earlier, other)
     path.write_text(json.dumps({"format": "x"}))
     with pytest.raises(UserError, match="not a report of keysync bench"):
-        report.medians(path, CONDITIONS)
+        report.read(path)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +132,10 @@ def test_a_report_is_compared_with_an_earlier_one(tmp_path: Path) -> None:
     [
         (["vea"], "there is nothing named vea to measure"),
         (["--size", "huge"], "there is no size huge"),
-        (["--batch", "0"], "a call takes 1 or more"),
+        (["--batch", "0"], "--batch takes 1 or more"),
         (["--repeats", "0"], "--repeats takes 1 or more"),
         (["--torch-compile"], "goes with --against torch"),
+        (["unet", "--memory", "small"], "--memory goes with bench sampler and bench dub"),
         (["--against", "absent.json"], "absent.json: cannot be read as a report"),
     ],
 )
@@ -130,3 +146,19 @@ def test_bad_arguments_get_a_sentence(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_a_fresh_store_has_each_program_once_and_leaves_the_settings(tmp_path: Path) -> None:
+    def program(x: jax.Array) -> jax.Array:
+        return jnp.sin(x) @ x.T + 3.25
+
+    before = jax.config.jax_compilation_cache_dir
+    found = []
+    with fresh_store(tmp_path):
+        for _ in range(2):
+            jax.jit(program)(jnp.ones((3, 5)))
+            found.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
+            jax.clear_caches()
+    assert len([name for name in found[0] if name.startswith("jit_program")]) == 1
+    assert found[0] == found[1]
+    assert jax.config.jax_compilation_cache_dir == before

@@ -26,7 +26,7 @@ from keysync_jax.parity import rules
 from keysync_jax.parity.golden import Golden, StageInputs
 from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
-from keysync_jax.train.flops import batch_shapes, device_peak, step_flops, training_flops
+from keysync_jax.train.flops import batch_shapes, step_flops, training_flops
 from keysync_jax.train.optimizer import learning_rate, make_optimizer, partition
 from keysync_jax.train.step import (
     Clips,
@@ -514,22 +514,3 @@ def test_operations_of_a_loop_are_counted_as_often_as_it_runs() -> None:
     assert training_flops(jaxpr, [True, False]) == (5 * 2 * once, [True])
     # The carry depends on the weight from the first turn on.
     assert training_flops(jaxpr, [False, True]) == (5 * 3 * once, [True])
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA L4", 121e12),
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("NVIDIA L40S", None),
-        ("cpu", None),
-    ],
-)
-def test_peaks_of_known_devices(kind: str, peak: float | None) -> None:
-    assert device_peak(kind) == peak

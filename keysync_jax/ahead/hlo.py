@@ -26,7 +26,7 @@ _FREE = {
     "send-done", "recv-done",
 }  # fmt: skip
 _FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"}
-_COLLECTIVES = ("all-", "reduce-scatter", "collective-", "ragged-all")
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-", "ragged-all")
 _MOVES = {
     "copy", "copy-start", "slice-start", "transpose", "reshape", "convert", "pad", "concatenate", "slice",
     "reverse", "broadcast", "dynamic-slice", "dynamic-update-slice", "dynamic-slice-start", "bitcast",
@@ -144,20 +144,57 @@ class Program:
         """Every scheduled instruction that does something, loops walked into."""
         inside = self.computations[computation or self.entry]
         for instruction in inside.instructions.values():
-            if instruction.opcode == "while":
-                body, condition = instruction.called("body"), instruction.called("condition")
-                assert body is not None
-                assert condition is not None
-                yield from self.steps(body, trips * self.trips_of(instruction, condition))
-            elif instruction.opcode in ("call", "async-start") and (to := self._target(instruction)):
-                yield from self.steps(to, trips)
-            elif instruction.opcode == "conditional":
-                for branch in self._branches(instruction):
-                    yield from self.steps(branch, trips)
-            elif not _is_free(instruction):
-                inner = self._inner(inside, instruction)
-                kind = _kind(instruction, [i for _, i in inner])
-                yield Step(instruction, kind, trips, self._cost(inside, instruction, inner))
+            if called := self.called_by(instruction):
+                for to in called:
+                    yield from self.steps(to, trips * self.trips(instruction))
+            elif (step := self.step(inside, instruction, trips)) is not None:
+                yield step
+
+    def step(self, inside: Computation, instruction: Instruction, trips: int = 1) -> Step | None:
+        """What one scheduled instruction does; None where it does nothing."""
+        if _is_free(instruction):
+            return None
+        inner = self._inner(inside, instruction)
+        kind = _kind(instruction, [i for _, i in inner])
+        return Step(instruction, kind, trips, self._cost(inside, instruction, inner))
+
+    def called_by(self, instruction: Instruction) -> list[str]:
+        """Computations whose instructions are scheduled ones too: a loop's body, what is called, branches."""
+        if instruction.opcode == "while":
+            body = instruction.called("body")
+            assert body is not None
+            return [body]
+        if instruction.opcode == "conditional":
+            return self._branches(instruction)
+        to = self._target(instruction) if instruction.opcode in ("call", "async-start") else None
+        return [] if to is None else [to]
+
+    def trips(self, instruction: Instruction) -> int:
+        """How often what an instruction calls is run.
+
+        Raises:
+          ValueError: as `trips_of`.
+        """
+        condition = instruction.called("condition") if instruction.opcode == "while" else None
+        return 1 if condition is None else self.trips_of(instruction, condition)
+
+    def collectives(
+        self, inside: Computation, instruction: Instruction
+    ) -> list[tuple[Computation, Instruction]]:
+        """Collectives that an instruction is, or takes part in, and the computations in which they stand."""
+        if instruction.opcode == "async-start" and (to := self._target(instruction)):
+            computation = self.computations[to]
+            inner = [(computation, i) for i in computation.instructions.values()]
+        else:
+            inner = self._inner(inside, instruction)
+        return [(c, i) for c, i in inner if collective_of(i.opcode) is not None]
+
+    def begun_by(self, inside: Computation, instruction: Instruction) -> str | None:
+        """The instruction that began what this one goes on with or ends; None where it does neither."""
+        begun = None
+        while instruction.opcode.endswith(("-done", "-update")):
+            begun = instruction = inside.instructions[instruction.operands[0]]
+        return begun.name if begun is not None and self.collectives(inside, begun) else None
 
     def by_kind(self) -> dict[str, Cost]:
         """Totals, every loop by its trips."""
@@ -212,7 +249,7 @@ class Program:
     def _cost(
         self, inside: Computation, instruction: Instruction, inner: list[tuple[Computation, Instruction]]
     ) -> Cost:
-        moved = [*self._read(inside, instruction), *self._written(instruction)]
+        moved = [*self._read(inside, instruction), *self._written(inside, instruction)]
         flop = sum(_flop(c, i) for c, i in inner if i.opcode in ("convolution", "dot"))
         if instruction.opcode == "custom-call":
             flop += _kernel_flop(inside, instruction)
@@ -221,7 +258,10 @@ class Program:
     def _read(self, inside: Computation, instruction: Instruction) -> Iterator[tuple[float, bool]]:
         """Bytes of each operand that the instruction reads, and whether they are in HBM."""
         target = self._target(instruction) if instruction.opcode == "fusion" else None
+        passed = self._passed_on(inside, instruction)[0]
         for number, name in enumerate(instruction.operands):
+            if number in passed:
+                continue
             for array in inside.instructions[name].arrays if name in inside.instructions else []:
                 read = array.bytes
                 if target is not None:
@@ -263,7 +303,22 @@ class Program:
             name = computation.instructions[name].operands[0]
         return parameter is not None and name == parameter.name
 
-    def _written(self, instruction: Instruction) -> Iterator[tuple[float, bool]]:
+    def _passed_on(self, inside: Computation, instruction: Instruction) -> tuple[set[int], set[int]]:
+        """Operands and results of a fusion that a collective under way only takes along."""
+        if instruction.opcode != "fusion" or not self.collectives(inside, instruction):
+            return set(), set()
+        operands, results = _passed_on(instruction)
+        inner = self.computations[instruction.called("calls") or ""]
+        if any("AsyncCollectiveStart" in i.attributes for i in inner.instructions.values()):
+            return set(), results  # What is sent is read once.
+        only_sent = {
+            int(re.findall(r"\d+", i.attributes)[0])
+            for i in inner.instructions.values()
+            if i.opcode == "parameter" and all(collective_of(user.opcode) for user in inner.users(i.name))
+        }
+        return operands | only_sent, results
+
+    def _written(self, inside: Computation, instruction: Instruction) -> Iterator[tuple[float, bool]]:
         """Bytes of the result, and whether they are in HBM."""
         update: float | None = None
         if instruction.opcode == "dynamic-update-slice":
@@ -278,8 +333,12 @@ class Program:
             moved = arrays[0] if instruction.opcode == "copy-start" else arrays[-1]
             yield moved.bytes, moved.in_hbm
             return
-        for array in instruction.arrays:
-            yield (array.bytes if update is None else min(update, array.bytes)), array.in_hbm
+        passed = self._passed_on(inside, instruction)[1]
+        if instruction.opcode in ("collective-permute-start", "all-gather-start"):
+            passed = {0}  # (source, destination, ...)
+        for number, array in enumerate(instruction.arrays):
+            if number not in passed:
+                yield (array.bytes if update is None else min(update, array.bytes)), array.in_hbm
 
 
 def _whole_lines(text: str) -> Iterator[str]:
@@ -328,6 +387,20 @@ def _arrays(text: str) -> list[Array]:
     return found
 
 
+def collective_of(opcode: str) -> str | None:
+    """Kind of collective that an operation is, or begins; None for one that ends it, and for all others."""
+    if not opcode.startswith(_COLLECTIVES) or opcode.endswith("-done"):
+        return None
+    return opcode.removesuffix("-start")
+
+
+def _passed_on(instruction: Instruction) -> tuple[set[int], set[int]]:
+    """Numbers of the operands and of the results of a fusion that are the same memory."""
+    found = re.search(r"output_to_operand_aliasing=\{(.*?\)\})", instruction.attributes)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+), ", found.group(1)) if found else []
+    return {int(o) for _, o in pairs}, {int(r or 0) for r, _ in pairs}
+
+
 def _is_free(instruction: Instruction) -> bool:
     if instruction.opcode == "custom-call":
         found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
@@ -337,6 +410,8 @@ def _is_free(instruction: Instruction) -> bool:
 
 def _kind(instruction: Instruction, inner: list[Instruction]) -> str:
     if instruction.opcode.startswith(_COLLECTIVES):
+        return "collectives"
+    if any(i.opcode == "custom-call" and "AsyncCollective" in i.attributes for i in inner):
         return "collectives"
     names = [i.op_name for i in inner if i.op_name] + [instruction.op_name]
     products = [i.op_name for i in inner if i.opcode in ("convolution", "dot")]

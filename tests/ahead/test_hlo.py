@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from keysync_jax.bench.hlo import KINDS, Cost, Program
+from keysync_jax.ahead.hlo import KINDS, Cost, Program
 
 TPU_TEXT = """\
 HloModule jit_run, is_scheduled=true, entry_computation_layout={(bf16[8,64]{1,0})->bf16[8,64]{1,0}}

@@ -1,0 +1,85 @@
+"""The training step compiled for a machine that is not here: what each of its chips holds and does."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from keysync_jax.ahead.program import Ahead, TooLargeError, compiled, count
+from keysync_jax.backend import computing
+from keysync_jax.errors import UserError
+from keysync_jax.nn.functional import shapes
+from keysync_jax.train.autoencoder import VAEStep, make_vae
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig
+from keysync_jax.train.flops import batch_shapes, frame_batch_shapes
+from keysync_jax.train.sharding import AnyStep, lowered_step, make_mesh
+from keysync_jax.train.start import perceptual_shapes, vae_shapes
+from keysync_jax.train.step import init_state, make_stage, make_step
+from keysync_jax.typing import Params
+
+
+def step_ahead(config: AnyTrainConfig, devices: Sequence[Any], name: str = "step") -> Ahead:
+    """Compiles the step of a run for all devices of a topology, from shapes alone.
+
+    It is the program that a run on these devices would compile: the same mesh, kernels and shardings.
+
+    Args:
+      devices: of `ahead.chips.topology`.
+      name: of the row.
+
+    Raises:
+      UserError: the mesh does not fit the devices or the batch, or the program not a chip's memory.
+    """
+    mesh = make_mesh(config.mesh, config.batch_size, devices)
+    step, params, batch = step_shapes(config)
+    state = jax.eval_shape(lambda params: init_state(config, params), params)
+    try:
+        with computing(config.dtype):
+            program, seconds = compiled(lambda: lowered_step(mesh, step, state, batch))
+    except TooLargeError as error:
+        raise UserError(
+            f"the step does not fit {_counted(len(devices), devices[0].device_kind)}: {error}; it may fit "
+            f"with {', or '.join(savings(config, len(devices)))}"
+        ) from error
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return count(name, f"{summary(config)}, {axes}", program, seconds, list(mesh.devices.flat))
+
+
+def step_shapes(config: AnyTrainConfig) -> tuple[AnyStep, Params, Any]:
+    """The step of a run, and shapes of its network's parameters and of a global batch."""
+    if not isinstance(config, TrainConfig):
+        graphdef, params = shapes(make_vae(config))
+        return VAEStep(config, graphdef), params, frame_batch_shapes(config)
+    graphdef, params = shapes(make_stage(config))
+    vae = vae_shapes(config) if config.loss.pixel != "none" else None
+    return make_step(config, graphdef, vae, perceptual_shapes(config)), params, batch_shapes(config)
+
+
+def summary(config: AnyTrainConfig) -> str:
+    """The settings that time and memory depend on, in words."""
+    if not isinstance(config, TrainConfig):
+        return f"VAE, {config.batch_size} frames, {config.dtype}, remat {config.remat}"
+    return (
+        f"{config.stage.kind} stage, {config.batch_size} clips, {config.dtype}, remat {config.remat}, "
+        f"pixel loss {config.loss.pixel}, {config.optimizer.kind}"
+    )
+
+
+def savings(config: AnyTrainConfig, devices: int) -> list[str]:
+    """Settings that would take less memory than this run's, those that cost least first."""
+    pixel = isinstance(config, TrainConfig) and config.loss.pixel != "none"
+    fsdp = devices if config.mesh.fsdp == -1 else config.mesh.fsdp
+    tried = {
+        "dtype=bf16": config.dtype != "bf16",
+        "remat=block": config.remat == "none",
+        "remat=layer": config.remat != "layer",
+        f"mesh.fsdp={devices}": fsdp < devices,
+        "a smaller batch_size with optimizer.accumulate": config.batch_size > devices,
+        "optimizer.ema=0": config.optimizer.ema > 0,
+        "loss.pixel=none": pixel,
+    }
+    return [setting for setting, helps in tried.items() if helps] or [f"more than {devices} chips"]
+
+
+def _counted(devices: int, kind: str) -> str:
+    return f"a {kind}" if devices == 1 else f"{devices} x {kind}"
