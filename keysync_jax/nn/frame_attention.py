@@ -77,7 +77,7 @@ def _forward(query: Array, key: Array, value: Array, heads: int, interpret: bool
 
 
 def _backward(heads: int, interpret: bool, kept: tuple[Array, Array, Array], out: Array):  # type: ignore[no-untyped-def]
-    return jax.vjp(lambda *qkv: reference(*qkv, heads), *kept)[1](out)
+    return jax.vjp(functools.partial(reference, heads=heads), *kept)[1](out)
 
 
 frame_attention.defvjp(_forward, _backward)

@@ -81,6 +81,42 @@ def test_a_tpu_program_by_hand() -> None:
     assert found["rest"] == found["convolutions"] == found["collectives"] == Cost()
 
 
+NESTED_TEXT = """\
+HloModule jit_run, is_scheduled=true
+
+%piece (p0.2: bf16[42,64,64], p1.2: s32[]) -> bf16[1,64,64] {
+  %p0.2 = bf16[42,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1.2 = s32[]{:T(128)} parameter(1)
+  %zero.2 = s32[]{:T(128)} constant(0)
+  ROOT %ds.2 = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0.2, %p1.2, %zero.2, %zero.2), dynamic_slice_sizes={1,64,64}
+}
+
+%outer (p0.3: bf16[42,64,64], p1.3: s32[]) -> bf16[64,64] {
+  %p0.3 = bf16[42,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1.3 = s32[]{:T(128)} parameter(1)
+  %sliced = bf16[1,64,64]{2,1,0:T(8,128)(2,1)} fusion(%p0.3, %p1.3), kind=kLoop, calls=%piece
+  %flat = bf16[64,64]{1,0:T(8,128)(2,1)} bitcast(%sliced)
+  ROOT %product.3 = bf16[64,64]{1,0:T(8,128)(2,1)} convolution(%flat, %flat), dim_labels=bf_io->bf, metadata={op_name="jit(run)/dot_general"}
+}
+
+ENTRY %main.3 (x: bf16[42,64,64], i: s32[], q: bf16[1,14,64,320]) -> bf16[64,64] {
+  %x = bf16[42,64,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i.3 = s32[]{:T(128)} parameter(1)
+  %q.3 = bf16[1,14,64,320]{3,2,1,0:T(8,128)(2,1)} parameter(2)
+  %kernel = bf16[1,14,64,320]{3,2,1,0:T(8,128)(2,1)} custom-call(%q.3, %q.3, %q.3), custom_call_target="tpu_custom_call", metadata={op_name="jit(run)/attention/frame_attention/pallas_call"}
+  ROOT %all = bf16[64,64]{1,0:T(8,128)(2,1)} fusion(%x, %i.3), kind=kOutput, calls=%outer, metadata={op_name="jit(run)/dot_general"}
+}
+"""  # noqa: E501
+
+
+def test_a_slice_taken_within_a_fusion_of_a_fusion_and_the_kernel_of_frames() -> None:
+    found = Program(NESTED_TEXT).by_kind()
+    # One of 42 matrices and the place of it are read, one is written.
+    assert found["products"] == Cost(2 * 64**3, 2 * 2 * 64 * 64 + 4, 2 * 2 * 64 * 64 + 4)
+    tokens = 14 * 64 * 320
+    assert found["attention"] == Cost(2 * 2 * 14 * tokens, 4 * 2 * tokens, 4 * 2 * tokens)
+
+
 def test_the_longer_of_computing_and_moving() -> None:
     assert Cost(100.0, 5.0, 5.0).seconds(10, 1) == 10
     assert Cost(10.0, 500.0, 50.0).seconds(10, 1) == 50
