@@ -137,6 +137,13 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier call")
     parser.add_argument(
+        "--clips",
+        type=int,
+        default=0,
+        metavar="N",
+        help="clips that can be played in the report, all systems side by side (default 0)",
+    )
+    parser.add_argument(
         "--allow-download", action="store_true", help="fetch the detector's model file, if it is missing"
     )
     parser.set_defaults(run=_evaluate, resumable=True, less_memory="try shorter clips")
@@ -151,6 +158,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.slack < 0 or (arguments.timeout is not None and not arguments.timeout > 0):
         raise UserError("--slack is 0 or more, and --timeout is above 0")
+    if arguments.clips < 0:
+        raise UserError(f"--clips is 0 or more, not {arguments.clips}")
     settings = EvaluateSettings(
         protocol=arguments.protocol,
         seed=arguments.seed,
@@ -163,7 +172,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     systems = parse_systems(arguments.system)
     found = evaluate(arguments.pairs, systems, arguments.output, settings, show_progress=True)
-    written = write_report(found, arguments.output)
+    written = write_report(found, arguments.output, arguments.clips)
     print(written.text)
     print(f"wrote {written.page}")
     return 0

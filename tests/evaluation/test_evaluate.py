@@ -17,6 +17,7 @@ import pytest
 from keysync_jax.cli import main
 from keysync_jax.evaluation.runs import check
 from keysync_jax.files import write_json
+from keysync_jax.media.video import probe_video
 from keysync_jax.media.writer import VideoWriter
 from keysync_jax.synthetic.write import SynthSettings, synth
 from tests.clips import write_video
@@ -213,7 +214,18 @@ def test_a_folder_of_videos_is_a_system(world: Path, tmp_path: Path) -> None:
     videos.mkdir()
     for number in (0, 2):
         (videos / f"clip-{number:05d}.mp4").symlink_to(world / f"clip-{number:05d}.mp4")
-    assert evaluate(world, tmp_path / "out", "--system", f"x={videos}", "--protocol", "reconstruction") == 0
+    arguments = ("--system", f"x={videos}", "--protocol", "reconstruction", "--clips", "1")
+    made = []
+    for _ in range(2):
+        assert evaluate(world, tmp_path / "out", *arguments) == 0
+        made.append((tmp_path / "out" / "report.html").read_bytes())
+    assert made[0] == made[1]
+    # The first clip by all systems beside each other, in the page and as a file.
+    (played,) = (tmp_path / "out" / "side_by_side").iterdir()
+    info = probe_video(played)
+    assert (info.width, info.height) == (3 * 160, 160)
+    assert base64.b64encode(played.read_bytes()) in made[0]
+    assert b"from the left: x, real video, frozen mouth" in made[0]
     found = content(tmp_path / "out")
     assert [(f["clip"], f["cell"]) for f in found["failures"]] == [("clip-00001", "AM")]  # type: ignore[attr-defined]
     rows = {row["system"]: row for row in found["rows"]}  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keysync_jax.evaluation.report.charts import Line, Point, legend, lines, plane
+from keysync_jax.evaluation.report.clips import SideBySide
 from keysync_jax.evaluation.report.markup import cells, escape, figure, note, table
 from keysync_jax.evaluation.report.stills import Still
 from keysync_jax.evaluation.report.tables import name_of, number, ordered
@@ -119,3 +120,16 @@ def _still(still: Still | None) -> str:
     data = base64.b64encode(still.jpeg).decode()
     words = escape(f"{still.system}, {still.cell}")
     return f'<td><img alt="{words}" src="data:image/jpeg;base64,{data}"></td>'
+
+
+def clips_to_play(clips: Sequence[SideBySide]) -> str:
+    """The videos, a figure each; those that are too large for the page by their names."""
+    shown = [_clip_to_play(one) for one in clips if one.shown]
+    left = [f"{one.file.parent.name}/{one.file.name}" for one in clips if not one.shown]
+    return "".join(shown) + (note(f"As files beside this page: {', '.join(left)}.") if left else "")
+
+
+def _clip_to_play(one: SideBySide) -> str:
+    data = base64.b64encode(one.file.read_bytes()).decode()
+    video = f'<video controls preload="metadata" src="data:video/mp4;base64,{data}"></video>'
+    return figure(video, f"{one.clip}, {one.cell}; from the left: {', '.join(one.systems)}.")

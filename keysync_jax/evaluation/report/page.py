@@ -9,7 +9,14 @@ from importlib import resources
 from typing import Any
 
 from keysync_jax.evaluation.protocol import REFERENCES, SETUPS
-from keysync_jax.evaluation.report.figures import leakage_plane, mouths, stills_table, thresholds
+from keysync_jax.evaluation.report.clips import SideBySide
+from keysync_jax.evaluation.report.figures import (
+    clips_to_play,
+    leakage_plane,
+    mouths,
+    stills_table,
+    thresholds,
+)
 from keysync_jax.evaluation.report.markup import cells, escape, folded, note, section, table, texts
 from keysync_jax.evaluation.report.results import cell, results, results_table
 from keysync_jax.evaluation.report.stills import Still
@@ -25,18 +32,19 @@ ABOUT_PAIRS = (
 )
 
 
-def page(content: Mapping[str, Any], stills: Sequence[Still]) -> str:
+def page(content: Mapping[str, Any], stills: Sequence[Still], clips: Sequence[SideBySide] = ()) -> str:
     """The whole page.
 
     Args:
       content: as `evaluate.Evaluation` has it.
+      stills, clips: what to look at.
     """
     style, script = (
         resources.files(__package__).joinpath(name).read_text() for name in ("page.css", "page.js")
     )
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; media-src data:; style-src '{_hash(style)}'; "
+        f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     )
     data = json.dumps(content, sort_keys=True).replace("<", "\\u003c")
     sections = [
@@ -45,6 +53,7 @@ def page(content: Mapping[str, Any], stills: Sequence[Still]) -> str:
         section("LipLeak_lite against its threshold", thresholds(content)),
         section("The mouth over time", mouths(content)),
         section("Stills", stills_table(stills)),
+        section("Clips", clips_to_play(clips)),
         section("Pairs of systems", *_comparisons(content)),
         section("Failures", *_failures(content)),
         section("Details", *_details(content)),

@@ -7,12 +7,15 @@ from pathlib import Path
 from keysync_jax.evaluation.anchors import ANCHORS
 from keysync_jax.evaluation.evaluate import Evaluation
 from keysync_jax.evaluation.protocol import Setup
+from keysync_jax.evaluation.report.clips import side_by_side
 from keysync_jax.evaluation.report.page import page
 from keysync_jax.evaluation.report.stills import stills
 from keysync_jax.evaluation.report.tables import as_csv, latex, markdown
 from keysync_jax.files import write_json, write_text
 
 PAGE, JSON, CSV, LATEX, MARKDOWN = "report.html", "report.json", "metrics.csv", "table.tex", "table.md"
+
+CLIPS = "side_by_side"
 
 VIDEOS = "videos.json"
 """Where the dubs lie that people compare, for `keysync arena`."""
@@ -26,8 +29,12 @@ class Written:
     text: str
 
 
-def write_report(evaluation: Evaluation, folder: Path) -> Written:
-    """Writes the files; what is there of an earlier report is replaced."""
+def write_report(evaluation: Evaluation, folder: Path, clips: int = 0) -> Written:
+    """Writes the files; what is there of an earlier report is replaced.
+
+    Args:
+      clips: how many clips can be played, all systems side by side; their videos lie in `side_by_side`.
+    """
     content = evaluation.content
     text = markdown(content)
     write_json(folder / JSON, content)
@@ -35,7 +42,8 @@ def write_report(evaluation: Evaluation, folder: Path) -> Written:
     write_text(folder / LATEX, latex(content))
     write_text(folder / MARKDOWN, text)
     write_json(folder / VIDEOS, _videos(evaluation))
-    write_text(folder / PAGE, page(content, stills(evaluation)))
+    played = side_by_side(evaluation, folder / CLIPS, clips)
+    write_text(folder / PAGE, page(content, stills(evaluation), played))
     failed = len(content["failures"])
     lost = len(content["left_out"])
     notes = [f"{failed} dubs failed"] * bool(failed) + [f"{lost} clips could not be used"] * bool(lost)
