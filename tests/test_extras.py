@@ -15,7 +15,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.extras import EXTRAS, needed_for, require
 
 ROOT = Path(__file__).parents[1]
-BASE = {"av", "cv2", "flax", "jax", "ml_dtypes", "numpy", "tqdm"}
+BASE = {"av", "cv2", "flax", "jax", "ml_dtypes", "numpy", "scipy", "tqdm"}
 """Modules of what a plain install brings."""
 MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "opencv-python-headless": "cv2"}
 """Modules that are not named as their packages."""

@@ -96,15 +96,15 @@ class SpatioTemporalResBlock(nnx.Module):
         if embedding is None or not pays(x):
             return self._in_time(self._in_space(x, (h, w), embedding), embedding).reshape(b, t, h, w, -1)
 
-        def some_frames(piece: Array, place: Place) -> Array:
-            own = jax.lax.dynamic_slice(embedding, (*place, 0), (1, piece.shape[1], embedding.shape[2]))
-            return self._in_space(piece, (h, w), own)
+        # Whole windows: of fewer frames the compiler would cut pictures up to fill its registers.
+        def in_space(piece: Array, place: Place) -> Array:
+            return self._in_space(piece, (h, w), jax.lax.dynamic_index_in_dim(embedding, place[0]))
 
-        def a_window(piece: Array, place: Place) -> Array:
+        def in_time(piece: Array, place: Place) -> Array:
             return self._in_time(piece, jax.lax.dynamic_index_in_dim(embedding, place[0]))
 
-        space = in_pieces(some_frames, x, frames_at_once(x, 1), h * w, self.width)
-        return in_pieces(a_window, space, t, h * w).reshape(b, t, h, w, -1)
+        space = in_pieces(in_space, x, t, h * w, self.width)
+        return in_pieces(in_time, space, t, h * w).reshape(b, t, h, w, -1)
 
     def _in_space(self, x: Array, size: tuple[int, int], embedding: Array | None) -> Array:
         b, t = x.shape[:2]

@@ -31,7 +31,7 @@ def pays(x: Array) -> bool:
 
     Not where the batch is split over a mesh, whose compiler would have to move pieces between devices.
     """
-    return platform() == "tpu" and batch_shards() == 1 and WIDENED * _bytes(x) > PIECE_BYTES
+    return platform() == "tpu" and batch_shards() == 1 and _hidden_bytes(x) > PIECE_BYTES
 
 
 def in_pieces(
@@ -60,21 +60,21 @@ def in_pieces(
     return jax.lax.fori_loop(0, b * down * across, step, start)
 
 
-def frames_at_once(x: Array, widened: int = WIDENED) -> int:
-    """The most whole frames of `[B, T, N, D]` that fit `widened` times; 1 where not even one does."""
+def frames_at_once(x: Array) -> int:
+    """The most whole frames of `[B, T, N, D]` whose hidden values fit; 1 where not even one's do."""
     frames = x.shape[1]
-    return _largest(frames, 1, PIECE_BYTES * frames * len(x) // (widened * _bytes(x)))
+    return _largest(frames, 1, PIECE_BYTES * frames * len(x) // _hidden_bytes(x))
 
 
-def pixels_at_once(x: Array, widened: int = WIDENED) -> int:
-    """The most pixels of `[B, T, N, D]`, in all frames, that fit `widened` times."""
+def pixels_at_once(x: Array) -> int:
+    """The most pixels of `[B, T, N, D]`, in all frames, whose hidden values fit."""
     pixels = x.shape[2]
     step = PIXELS if pixels % PIXELS == 0 else 1
-    return _largest(pixels, step, PIECE_BYTES * pixels * len(x) // (widened * _bytes(x)))
+    return _largest(pixels, step, PIECE_BYTES * pixels * len(x) // _hidden_bytes(x))
 
 
-def _bytes(x: Array) -> int:
-    return x.size * x.dtype.itemsize
+def _hidden_bytes(x: Array) -> int:
+    return WIDENED * x.size * x.dtype.itemsize
 
 
 def _largest(total: int, step: int, most: int) -> int:

@@ -666,8 +666,9 @@ def test_what_is_kept_is_bound_to_everything_it_depends_on(
     source: Any = SimpleNamespace(video=clip / "video.mp4", voice=clip / "voice.wav")
     sampling: Any = SimpleNamespace(sigmas=np.array([1.0, 0.0]))
 
-    def kept(model: Model, chosen: DubSettings = chosen) -> str:
-        return json.dumps(dub_module._fingerprint(source, model, chosen, sampling), sort_keys=True)
+    def kept(model: Model, chosen: DubSettings = chosen, identity: str = "first") -> str:
+        who = Identity(identity, identity)
+        return json.dumps(dub_module._fingerprint(source, model, chosen, sampling, who), sort_keys=True)
 
     first, config = kept(model), model.config
     assert kept(open_model(tiny_model)) == first
@@ -677,6 +678,7 @@ def test_what_is_kept_is_bound_to_everything_it_depends_on(
         kept(altered_model(model, keyframe=replace(config.keyframe, unet=unet))),
         kept(model, replace(chosen, dtype="bf16")),
         kept(model, replace(chosen, landmark_model=None)),
+        kept(model, identity="current"),
     ]
     weights.write_bytes(b"two")
     others.append(kept(model))
@@ -684,7 +686,7 @@ def test_what_is_kept_is_bound_to_everything_it_depends_on(
     assert kept(model) == first
     monkeypatch.setattr("keysync_jax.pipeline.environment.code_digest", lambda *_: "0" * 64)
     others.append(kept(model))
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 8
 
 
 def test_the_identity_frame_is_the_first_with_a_face(
