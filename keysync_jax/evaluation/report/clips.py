@@ -9,7 +9,7 @@ import numpy as np
 
 from keysync_jax.evaluation.evaluate import Evaluation
 from keysync_jax.evaluation.protocol import Setup
-from keysync_jax.files import make_folder
+from keysync_jax.files import fingerprint, make_folder, sha256_once
 from keysync_jax.media.crop import crop_frame, crop_track
 from keysync_jax.media.video import read_frames
 from keysync_jax.media.writer import VideoWriter
@@ -39,18 +39,20 @@ class SideBySide:
 
 
 def side_by_side(evaluation: Evaluation, folder: Path, number: int) -> list[SideBySide]:
-    """Writes the videos of the first clips that have dubs.
+    """The videos of the first clips that have dubs; those of the same dubs that are there are taken.
 
     Args:
-      folder: is made where there is anything to write; videos of an earlier report are replaced.
+      folder: is made where there is anything to write.
       number: of clips.
     """
     found: list[SideBySide] = []
     space = MOST_BYTES
     for clip, cell, dubs in _runs(evaluation, number):
         make_folder(folder)
-        file = folder / f"{clip}.{cell}.mp4"
-        _write(evaluation, file, clip, cell, list(dubs.values()))
+        shown = fingerprint([SIDE, QUALITY, [sha256_once(video) for video in dubs.values()]])
+        file = folder / f"{clip}.{cell}.{shown[:8]}.mp4"
+        if not file.is_file():
+            _write(evaluation, file, clip, cell, list(dubs.values()))
         space -= file.stat().st_size
         found.append(SideBySide(clip, cell, tuple(dubs), file, space >= 0))
     return found
@@ -75,8 +77,7 @@ def _write(evaluation: Evaluation, file: Path, clip: str, cell: str, videos: lis
         boxes = crop_track(prepared.landmarks, np.ones(prepared.frames, bool), height, width)
     setup: Setup = next(s for s in get_args(Setup) if cell.startswith(s))
     voice = evaluation.inputs.voiced(clip, setup).audio
-    # One thread: more would encode other bytes on another machine.
-    with VideoWriter(file, SIDE * len(videos), SIDE, voice, quality=QUALITY, threads=1) as writer:
+    with VideoWriter(file, SIDE * len(videos), SIDE, voice, quality=QUALITY) as writer:
         readers = [read_frames(video) for video in videos]
         for box, *frames in zip(boxes, *readers, strict=False):
             writer.write(np.hstack([crop_frame(frame, box, SIDE) for frame in frames]))
