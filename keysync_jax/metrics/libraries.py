@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import cv2
 import numpy as np
 
+from keysync_jax.errors import machine_fault
 from keysync_jax.metrics.meter import Found, Moment, Start, Subject, Unavailable
 from keysync_jax.metrics.pictures import Square
 
@@ -331,6 +332,8 @@ def _pyiqa(name: str) -> Any:
         with offline():
             return pyiqa.create_metric(name, device="cpu")
     except Exception as error:  # Whatever its many libraries raise where a file cannot be fetched.
+        if machine_fault(error) is not None:
+            raise
         fetch = f"python -c \"import pyiqa; pyiqa.create_metric('{name}')\""
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         return Unavailable(

@@ -309,3 +309,15 @@ def test_lpips_is_the_mean_of_the_frames_distances(weights: Path, monkeypatch: p
     assert read("lpips", weights, Subject(FRAMES, streams, boxes=boxes), pairs).values["lpips"] > 0
     same = [Moment(x, truth=x) for x in a]
     assert read("lpips", weights, Subject(FRAMES, streams), same).values["lpips"] == 0
+
+
+@pytest.mark.usefixtures("installed")
+def test_too_little_memory_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+
+    def create_metric(name: str, device: str) -> None:
+        raise MemoryError("cannot allocate 2 GB")
+
+    module(monkeypatch, "pyiqa", create_metric=create_metric)
+    with pytest.raises(MemoryError):
+        Bench(["topiq"])

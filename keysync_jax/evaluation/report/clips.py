@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 
 from keysync_jax.evaluation.evaluate import Evaluation
+from keysync_jax.evaluation.inputs import Prepared
 from keysync_jax.evaluation.protocol import Setup
 from keysync_jax.files import fingerprint, make_folder, sha256_once
 from keysync_jax.media.crop import crop_frame, crop_track
@@ -49,10 +50,12 @@ def side_by_side(evaluation: Evaluation, folder: Path, number: int) -> list[Side
     space = MOST_BYTES
     for clip, cell, dubs in _runs(evaluation, number):
         make_folder(folder)
-        shown = fingerprint([SIDE, QUALITY, [sha256_once(video) for video in dubs.values()]])
+        setup: Setup = next(s for s in get_args(Setup) if cell.startswith(s))
+        voice = evaluation.inputs.voiced(clip, setup).audio
+        shown = fingerprint([SIDE, QUALITY, [sha256_once(one) for one in (voice, *dubs.values())]])
         file = folder / f"{clip}.{cell}.{shown[:8]}.mp4"
         if not file.is_file():
-            _write(evaluation, file, clip, cell, list(dubs.values()))
+            _write(file, evaluation.inputs[clip], voice, list(dubs.values()))
         space -= file.stat().st_size
         found.append(SideBySide(clip, cell, tuple(dubs), file, space >= 0))
     return found
@@ -69,14 +72,11 @@ def _runs(evaluation: Evaluation, number: int) -> Iterator[tuple[str, str, dict[
             yield clip, cell, dubs
 
 
-def _write(evaluation: Evaluation, file: Path, clip: str, cell: str, videos: list[Path]) -> None:
-    prepared = evaluation.inputs[clip]
+def _write(file: Path, prepared: Prepared, voice: Path, videos: list[Path]) -> None:
     width, height = prepared.size
     boxes = np.tile([0, 0, width, height], (prepared.frames, 1))
     if prepared.landmarks is not None:
         boxes = crop_track(prepared.landmarks, np.ones(prepared.frames, bool), height, width)
-    setup: Setup = next(s for s in get_args(Setup) if cell.startswith(s))
-    voice = evaluation.inputs.voiced(clip, setup).audio
     with VideoWriter(file, SIDE * len(videos), SIDE, voice, quality=QUALITY) as writer:
         readers = [read_frames(video) for video in videos]
         for box, *frames in zip(boxes, *readers, strict=False):
