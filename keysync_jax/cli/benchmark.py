@@ -13,12 +13,12 @@ from keysync_jax.config import Dtype
 from keysync_jax.errors import UserError
 
 NETWORKS = ("unet", "vae", "audio", "sampler")
-PARTS = (*NETWORKS, "dub", "train")
+PARTS = (*NETWORKS, "dub", "train", "metrics")
 
 
 def add_bench(commands: Commands) -> None:
     """`keysync bench`."""
-    parser = commands.add_parser("bench", help="time the networks, a dub, the training step")
+    parser = commands.add_parser("bench", help="time the networks, a dub, the training step, the metrics")
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: {', '.join(NETWORKS)})"
     )
@@ -43,6 +43,7 @@ def add_bench(commands: Commands) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     _add_dub(parser)
     _add_train(parser)
+    _add_metrics(parser)
     _add_report(parser)
     parser.set_defaults(run=_bench, resumable=False, less_memory="try a smaller --batch or --size")
 
@@ -55,7 +56,9 @@ def _add_dub(parser: argparse.ArgumentParser) -> None:
         "--landmarks", metavar="FILE|NAME", help="with --video: as dub takes it (default mediapipe)"
     )
     dub.add_argument("--frame", metavar="WxH", help="picture of the synthetic clip (default 512x512)")
-    dub.add_argument("--seconds", type=float, metavar="S", help="of the synthetic clip (default 2)")
+    dub.add_argument(
+        "--seconds", type=float, metavar="S", help="of synthetic clips, for metrics too (default 2)"
+    )
     dub.add_argument(
         "--model",
         type=Path,
@@ -77,6 +80,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--mesh", metavar="data=N,fsdp=N", help="of devices (default: the config's)")
 
 
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument("--metrics", metavar="NAMES", help="with commas between (default: all)")
+    metrics.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="LIST|DIR",
+        help="clips, as evaluate takes them (default: synthetic ones; each has landmarks beside it)",
+    )
+    metrics.add_argument(
+        "--clips", type=int, metavar="N", help="how many of them (default: all; synthetic: 4)"
+    )
+    metrics.add_argument("--weights", type=Path, metavar="DIR", help="of the metrics' networks")
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     report = parser.add_argument_group("report")
     report.add_argument(
@@ -93,8 +111,9 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 _ONLY = {
     "report": ("minutes", "golden"),
-    "dub": ("video", "voice", "landmarks", "frame", "seconds", "model"),
+    "dub": ("video", "voice", "landmarks", "frame", "model"),
     "train": ("config", "vary", "set", "mesh"),
+    "metrics": ("metrics", "pairs", "clips", "weights"),
 }
 """What alone takes an option."""
 
@@ -126,18 +145,22 @@ def _refuse(arguments: argparse.Namespace, parts: Sequence[str]) -> None:
         raise UserError("--torch-compile goes with --against torch")
     if arguments.against == "torch" and (other := set(parts) - set(NETWORKS)):
         raise UserError(f"--against torch is for the networks, not for {', '.join(sorted(other))}")
-    _refuse_clip(arguments)
+    _refuse_clip(arguments, parts)
     if arguments.memory is not None and not {"sampler", "dub"} & set(parts):
         raise UserError("--memory goes with bench sampler and bench dub")
-    for name in ("repeats", "batch"):
+    for name in ("repeats", "batch", "clips"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} takes 1 or more, not {value}")
     if arguments.config is not None and arguments.size is not None:
         raise UserError("--size and --config both say how large the networks are; give one")
 
 
-def _refuse_clip(arguments: argparse.Namespace) -> None:
-    """A clip that is half given, or given and described."""
+def _refuse_clip(arguments: argparse.Namespace, parts: Sequence[str]) -> None:
+    """Clips that are half given, given and described, or that nothing takes."""
+    if arguments.seconds is not None and not {"dub", "metrics"} & set(parts):
+        raise UserError("--seconds goes with bench dub and bench metrics")
+    if arguments.seconds is not None and arguments.pairs is not None:
+        raise UserError("--seconds is of synthetic clips; those of --pairs have their own")
     if (arguments.video is None) != (arguments.voice is None):
         raise UserError("--video and --voice go together")
     if arguments.landmarks is not None and arguments.video is None:
@@ -180,9 +203,30 @@ def _measure(arguments: argparse.Namespace, parts: Sequence[str]) -> int:
         with _dubs(arguments, size, dtype, repeats) as found:
             print(dub_table(found, report.comparable(earlier, found)))
             rows += found
+    if "metrics" in parts:
+        from keysync_jax.bench.metrics import metrics_table
+
+        judged = _judged(arguments)
+        print(metrics_table(judged, report.comparable(earlier, judged)))
+        rows += judged
     if arguments.json is not None:
         report.save(arguments.json, conditions, rows)
     return 0
+
+
+def _judged(arguments: argparse.Namespace) -> list[Any]:
+    from keysync_jax.bench.metrics import measure_metrics, synthetic_clips
+    from keysync_jax.evaluation.cliplist import read_clips
+    from keysync_jax.files import temporary_folder
+    from keysync_jax.metrics.catalogue import METRICS
+
+    names = list(METRICS) if arguments.metrics is None else arguments.metrics.split(",")
+    if arguments.pairs is not None:
+        clips = read_clips(arguments.pairs)[: arguments.clips]
+        return measure_metrics(names, clips, arguments.weights)
+    with temporary_folder("keysync-bench-clips") as folder:
+        clips = synthetic_clips(arguments.clips or 4, arguments.seconds or 2.0, folder)
+        return measure_metrics(names, clips, arguments.weights)
 
 
 def _networks(

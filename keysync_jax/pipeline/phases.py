@@ -5,8 +5,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax.monitoring
 from tqdm import tqdm
@@ -100,6 +101,11 @@ def _busy_and_waiting(phase: Phase, part: str) -> str:
 
 def peak_bytes() -> int:
     """Peak resident host memory of this process."""
+    # Where there is such a file. `ru_maxrss` of a started process begins at what its parent held at the fork.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
