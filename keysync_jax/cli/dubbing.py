@@ -46,6 +46,18 @@ def add_dub(commands: Commands) -> None:
         " frame itself (current), or a picture (default first)",
     )
     parser.add_argument(
+        "--longer-voice",
+        choices=("to-and-fro", "loop", "freeze", "stop"),
+        default="to-and-fro",
+        help="what the video does where the voice is longer than it; stop: the dub ends with the video",
+    )
+    parser.add_argument(
+        "--no-provenance",
+        dest="provenance",
+        action="store_false",
+        help="do not write into the file that its picture is synthetic, and what made it",
+    )
+    parser.add_argument(
         "--steps", type=int, metavar="N", help="align-your-steps, 10 or more (default: the model's)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all noise (default 0)")
@@ -125,6 +137,8 @@ def _dub(arguments: argparse.Namespace) -> int:
         allow_download=arguments.allow_download,
         occluder=arguments.occluder,
         identity=arguments.identity,
+        longer_voice=arguments.longer_voice,
+        provenance=arguments.provenance,
         steps=arguments.steps,
         seed=arguments.seed,
         dtype=arguments.dtype,

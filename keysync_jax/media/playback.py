@@ -1,17 +1,43 @@
-"""Playing a video to and fro, for a voice that is longer than the picture, in bounded memory."""
+"""Playing a video under a voice that is longer than it, in bounded memory."""
 
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import dropwhile, islice, repeat
+from itertools import chain, dropwhile, islice, repeat
 from pathlib import Path
 
 import numpy as np
 
 from keysync_jax.media.deinterlace import deinterlaced
-from keysync_jax.media.timeline import FPS, Timeline
+from keysync_jax.media.timeline import FPS, Longer, Timeline
 from keysync_jax.media.video import Geometry, decode_frames, open_video, read_frames, scan_timeline
 
 REVERSE_BUFFER_BYTES = 256 * 2**20
+
+
+def played_frames(
+    path: Path,
+    count: int,
+    longer: Longer = "to-and-fro",
+    fps: int | Fraction = FPS,
+    timeline: Timeline | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield `count` frames of `read_frames`, frame i being number `timeline.source_index(i, n, longer)`.
+
+    As `pingpong_frames`, which plays to and fro.
+    """
+    if longer == "to-and-fro":
+        return pingpong_frames(path, count, fps, timeline)
+    if longer == "loop":
+        return islice(chain.from_iterable(read_frames(path, fps) for _ in repeat(None)), count)
+    return islice(_held(path, fps), count)
+
+
+def _held(path: Path, fps: int | Fraction) -> Iterator[np.ndarray]:
+    """All frames, and the last one for ever."""
+    frame = np.empty(0, np.uint8)
+    for frame in read_frames(path, fps):
+        yield frame
+    yield from repeat(frame)
 
 
 def pingpong_frames(

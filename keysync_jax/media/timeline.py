@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,9 @@ LONGEST_STEP_BACK = Fraction(1)
 
 MOST_TOLD = 3
 """Jumps that a warning names."""
+
+Longer = Literal["to-and-fro", "loop", "freeze", "stop"]
+"""What a video does under a voice that is longer than it."""
 
 Item = TypeVar("Item")
 
@@ -163,13 +166,18 @@ def nearest_items(
         yield held[2]
 
 
-def source_index(i: int, n: int) -> int:
-    """Frame shown at output frame `i` when `n` frames are played to and fro: 0 1 .. n-1 n-2 .. 1 0 1 ..
+def source_index(i: int, n: int, longer: Longer = "to-and-fro") -> int:
+    """Frame of a video of `n` frames that is shown at output frame `i`, for a voice that is longer.
 
-    Neighbouring outputs are neighbours in the source, so a voice longer than the video meets no cut.
+    Played to and fro, 0 1 .. n-1 n-2 .. 1 0 1 .., neighbouring outputs are neighbours in the source, so the
+    voice meets no cut. A loop begins anew, and what freezes or stops shows the last frame.
     """
     if n < 1 or i < 0:
         raise ValueError(f"no frame {i} in a video of {n} frames")
+    if longer == "loop":
+        return i % n
+    if longer != "to-and-fro":
+        return min(i, n - 1)
     period = max(2 * (n - 1), 1)
     phase = i % period
     return min(phase, period - phase) if n > 1 else 0

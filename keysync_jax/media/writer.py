@@ -1,6 +1,6 @@
 """Writing the result: 25 fps H.264 with the new voice at its own rate, complete or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -63,8 +63,9 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
     height is odd, which yuv420p cannot hold, the last column or row is repeated once: nothing is cut off.
 
     `voice` is re-encoded as AAC at its own sample rate and in full, whatever the number of frames (a rate
-    that AAC lacks becomes the nearest one it has). `aspect` is the pixel's width over its height. `threads`
-    encode; 0: one a core. The number changes the bits that come out.
+    that AAC lacks becomes the nearest one it has); with `until`, as much of it as comes before that second.
+    `metadata` are tags of the container, as far as it knows them (title, comment ...). `aspect` is the
+    pixel's width over its height. `threads` encode; 0: one a core. The number changes the bits that come out.
     Raises UserError as `check_writable` and `audio.read_audio` do.
     """
 
@@ -81,6 +82,8 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         colour: Colour | None = None,
         aspect: Fraction = Fraction(1),
         threads: int = 0,
+        until: Fraction | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         check_writable(path)
         self.path, self.frames = Path(path), 0
@@ -89,10 +92,11 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         with ExitStack() as stack, self._naming_the_file():
             self._partial = stack.enter_context(temporary(self.path))
             self._container = stack.enter_context(av.open(str(self._partial), "w", options=flags))
+            self._container.metadata.update(metadata or {})
             self._video = self._add_video(aspect, threads, {"crf": str(quality), "preset": preset})
             self._sound: Iterator[Packet] = iter(())
             if voice is not None:
-                self._sound = self._encoded(stack.enter_context(open_voice(voice)))
+                self._sound = self._encoded(stack.enter_context(open_voice(voice)), until)
             self._sound_packet: Packet | None = None
             self._stack = stack.pop_all()
 
@@ -112,7 +116,7 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
         context.color_trc = self._colour.transfer
         return stream
 
-    def _encoded(self, voice: Voice) -> Iterator[Packet]:
+    def _encoded(self, voice: Voice, until: Fraction | None) -> Iterator[Packet]:
         """Add the sound stream now; return its packets, encoded as they are asked for."""
         rates = av.Codec(AUDIO_CODEC, "w").audio_rates or [voice.rate]
         rate = min(rates, key=lambda candidate: abs(candidate - voice.rate))
@@ -122,7 +126,8 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
 
         def packets() -> Iterator[Packet]:
             samples = 0
-            for block in resample(voice.blocks, voice.layout, voice.rate, rate):
+            heard = voice.blocks if until is None else _first(voice.blocks, round(until * voice.rate))
+            for block in resample(heard, voice.layout, voice.rate, rate):
                 frame = AudioFrame.from_ndarray(np.ascontiguousarray(block), "fltp", voice.layout)
                 frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), samples
                 samples += block.shape[1]
@@ -181,3 +186,12 @@ class VideoWriter(AbstractContextManager["VideoWriter"]):
             self._mux_sound(None)
             self._container.close()
             put(self._partial, self.path)
+
+
+def _first(blocks: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The first `count` samples of blocks `[channels, samples]`."""
+    for block in blocks:
+        if count <= 0:
+            return
+        yield block[:, :count]
+        count -= block.shape[1]

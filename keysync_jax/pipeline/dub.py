@@ -7,12 +7,15 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
 
+from keysync_jax import __version__
 from keysync_jax.backend import computing
 from keysync_jax.config import Dtype, ModelConfig, StageKind
 from keysync_jax.diffusion.schedule import align_your_steps
@@ -23,7 +26,8 @@ from keysync_jax.media.crop import crop_frame
 from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
 from keysync_jax.media.landmarks import bridge, load_landmarks, save_landmarks
 from keysync_jax.media.occlusion import Occluder
-from keysync_jax.media.playback import pingpong_frames
+from keysync_jax.media.playback import played_frames
+from keysync_jax.media.timeline import FPS, Longer
 from keysync_jax.media.video import read_frames
 from keysync_jax.media.writer import VideoWriter, check_writable
 from keysync_jax.model import Model, model_bytes, model_folder, open_model
@@ -62,6 +66,10 @@ class DubSettings:
       occluder: masks of what lies before the face, as `media.occlusion.Occluder` takes them; it is left as it
         is (eq. 7).
       identity: what shows the networks who it is (`pipeline.identity`).
+      longer_voice: what the video does where the voice is longer: it plays "to-and-fro", in a "loop" (whose
+        end and beginning meet in a cut), stands still at its last frame ("freeze"), or the dub ends with it
+        ("stop").
+      provenance: whether the file says that its picture is synthetic, and what made it.
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
@@ -79,6 +87,8 @@ class DubSettings:
     allow_download: bool = False
     occluder: Path | None = None
     identity: str = "first"
+    longer_voice: Longer = "to-and-fro"
+    provenance: bool = True
     steps: int | None = None
     seed: int = 0
     dtype: Dtype | None = None
@@ -90,6 +100,9 @@ class DubSettings:
     def __post_init__(self) -> None:
         if self.dtype not in (None, "fp32", "bf16"):
             raise UserError(f"the dtype is fp32 or bf16, not {self.dtype}")
+        if self.longer_voice not in get_args(Longer):
+            choices = ", ".join(get_args(Longer))
+            raise UserError(f"under a longer voice a video plays {choices}, not {self.longer_voice}")
         if not 0 <= self.quality <= 51:
             raise UserError(f"the quality is 0 (lossless) to 51, not {self.quality}")
         if self.landmark_model is not None and self.landmarks != "mediapipe":
@@ -122,12 +135,11 @@ def dub(
     settings: DubSettings | None = None,
     show_progress: bool = False,
 ) -> DubReport:
-    """Dubs a video with a voice; the output is as long as the voice.
+    """Dubs a video with a voice; the output is as long as the voice, unless it is to stop with the video.
 
     The face crop of every frame is generated anew below the nose bridge and pasted back into the full
-    frame; where no face is found the source passes through. A voice longer than the video plays it to
-    and fro. The voice is muxed at its own sample rate. An interrupted call goes on where it was when it
-    is repeated.
+    frame; where no face is found the source passes through. The voice is muxed at its own sample rate. An
+    interrupted call goes on where it was when it is repeated.
 
     Args:
       video: any file that PyAV reads; it is resampled to 25 frames a second.
@@ -146,7 +158,7 @@ def dub(
             raise UserError(f"cannot write {output}: it is an input; give the dub a name of its own")
     # Rows of a file are one for each frame of the video.
     rows_are_given = settings.landmarks not in DETECTORS or settings.occluder is not None
-    source = probe_source(video, voice, whole=rows_are_given)
+    source = probe_source(video, voice, rows_are_given, settings.longer_voice)
     if not isinstance(model, Model):
         model = model_folder(model, settings.allow_download)
     given = _given_landmarks(source, settings)
@@ -226,6 +238,7 @@ def _fingerprint(
         else sha256_of(landmarks),
         "occluder": None if settings.occluder is None else sha256_of(settings.occluder),
         "identity": identity.digest,
+        "longer voice": settings.longer_voice,
         "model": model.fingerprint,
         "sigmas": sampling.sigmas.tolist(),
         "seed": settings.seed,
@@ -401,7 +414,7 @@ class _Run:
         """Samples and decodes the windows, pastes each frame into the source's and writes it, all at once."""
         info, source = self.source.info, self.source
         decoder, encoder = Clock(), Clock()
-        originals = pingpong_frames(source.video, source.frames, timeline=source.timeline)
+        originals = played_frames(source.video, source.frames, source.longer, timeline=source.timeline)
         with (
             self.phases.phase(
                 "compose", source.frames, "frames", device=device, decoder=decoder, encoder=encoder
@@ -419,6 +432,8 @@ class _Run:
                 quality=self.settings.quality,
                 colour=info.colour,
                 aspect=info.aspect,
+                until=Fraction(source.frames, FPS) if source.longer == "stop" else None,
+                metadata=self._provenance() if self.settings.provenance else None,
             )
             file.enter_context(writer)
             for frame in frames:
@@ -427,6 +442,12 @@ class _Run:
                 advance(1)
             with encoder.running():  # It holds some frames back until the file is closed.
                 file.close()
+
+    def _provenance(self) -> dict[str, str]:
+        """What the file says of itself."""
+        made = f"keysync_jax {__version__}, model {self.model.fingerprint[:16]}, seed {self.settings.seed}"
+        said = "The mouth in this video is synthetic: it was generated to follow the voice."
+        return {"comment": f"{said} Made by {made}."}
 
     def _decoded(self, windows: Iterator[np.ndarray], device: Clock) -> Iterator[Frames]:
         """Generated crops of the frames that have a face, call by call; for a thread of its own."""

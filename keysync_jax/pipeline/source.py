@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from keysync_jax.config import ModelConfig
-from keysync_jax.media.audio import frames_of, read_audio
+from keysync_jax.media.audio import RATE, frames_of, read_audio
 from keysync_jax.media.crop import crop_track, landmarks_in_crop
 from keysync_jax.media.masks import SIZE as MASK_SIZE
 from keysync_jax.media.masks import exclude, make_mask, to_latent
 from keysync_jax.media.occlusion import Occluder, occluded_cells
-from keysync_jax.media.timeline import Timeline, source_index
+from keysync_jax.media.timeline import FPS, Longer, Timeline, source_index
 from keysync_jax.media.video import VideoInfo, probe_video, scan_timeline
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.pipeline.windows import Plan, make_plan, padded_length
@@ -25,7 +25,8 @@ class Source:
     Attributes:
       frames: frames of the dub, as many as the voice needs.
       timeline: the video's frames at 25 a second, all of them or at least those that the plan shows.
-      wave: the voice, 16 kHz mono.
+      wave: the voice, 16 kHz mono; all of it that is heard.
+      longer: what the video does where the voice is longer.
     """
 
     video: Path
@@ -33,6 +34,7 @@ class Source:
     info: VideoInfo
     timeline: Timeline
     wave: np.ndarray
+    longer: Longer = "to-and-fro"
 
     @property
     def frames(self) -> int:
@@ -45,8 +47,9 @@ class Source:
 
     @cached_property
     def shown(self) -> np.ndarray:
-        """Frame of the video that each of the plan's frames shows: the video plays to and fro."""
-        return np.array([source_index(i, len(self.timeline)) for i in range(self.plan.windows[-1][1] + 1)])
+        """Frame of the video that each of the plan's frames shows."""
+        count, n = self.plan.windows[-1][1] + 1, len(self.timeline)
+        return np.array([source_index(i, n, self.longer) for i in range(count)])
 
     @property
     def used(self) -> int:
@@ -69,8 +72,11 @@ class Geometry:
     masks: np.ndarray
 
 
-def probe_source(video: Path, voice: Path, whole: bool = True) -> Source:
+def probe_source(video: Path, voice: Path, whole: bool = True, longer: Longer = "to-and-fro") -> Source:
     """Describes the two files, the whole video's timeline or what the voice needs of it.
+
+    Args:
+      longer: what the video does where the voice is longer; where it stops, the voice is cut to it.
 
     Raises:
       UserError: one of them cannot be used.
@@ -78,7 +84,10 @@ def probe_source(video: Path, voice: Path, whole: bool = True) -> Source:
     info = probe_video(video)
     wave = read_audio(voice)
     planned = make_plan(padded_length(frames_of(len(wave)))).windows[-1][1] + 1
-    return Source(video, voice, info, scan_timeline(video, most=None if whole else planned), wave)
+    timeline = scan_timeline(video, most=None if whole else planned)
+    if longer == "stop":
+        wave = wave[: len(timeline) * RATE // FPS]
+    return Source(video, voice, info, timeline, wave, longer)
 
 
 def face_geometry(

@@ -15,8 +15,8 @@ from av.video.frame import VideoFrame
 from keysync_jax.errors import UserError
 from keysync_jax.media import playback
 from keysync_jax.media.audio import read_audio
-from keysync_jax.media.playback import pingpong_frames, read_range
-from keysync_jax.media.timeline import nearest_items, source_index
+from keysync_jax.media.playback import pingpong_frames, played_frames, read_range
+from keysync_jax.media.timeline import Longer, nearest_items, source_index
 from keysync_jax.media.video import ROUNDING, Colour, count_frames, probe_video, read_frames, scan_timeline
 from keysync_jax.media.writer import VideoWriter, check_writable
 
@@ -242,10 +242,13 @@ def test_a_truncated_stream_is_read_to_its_end(tmp_path: Path, caplog: pytest.Lo
     assert count_frames(cut) == len(numbers)
 
 
-def test_source_index_is_a_triangle_wave() -> None:
+def test_source_index_follows_what_a_longer_voice_does() -> None:
     assert [source_index(i, 4) for i in range(10)] == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3]
     assert [source_index(i, 1) for i in range(3)] == [0, 0, 0]
     assert [source_index(i, 2) for i in range(5)] == [0, 1, 0, 1, 0]
+    assert [source_index(i, 3, "loop") for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    for held in ("freeze", "stop"):
+        assert [source_index(i, 3, held) for i in range(5)] == [0, 1, 2, 2, 2]
     with pytest.raises(ValueError, match="0 frames"):
         source_index(0, 0)
 
@@ -274,6 +277,16 @@ def test_to_and_fro_equals_indexing(tmp_path: Path, name: str) -> None:
     assert len(played) == count
     for i, frame in enumerate(played):
         np.testing.assert_array_equal(frame, forward[source_index(i, len(forward))], err_msg=f"{name} {i}")
+
+
+@pytest.mark.parametrize("longer", ["to-and-fro", "loop", "freeze", "stop"])
+def test_playing_on_equals_indexing(tmp_path: Path, longer: Longer) -> None:
+    clip = write_clip(tmp_path / "clip.mkv", steady(7, 25))
+    forward = list(read_frames(clip))
+    played = list(played_frames(clip, 17, longer))
+    assert len(played) == 17
+    for i, frame in enumerate(played):
+        np.testing.assert_array_equal(frame, forward[source_index(i, 7, longer)], err_msg=str(i))
 
 
 def test_backward_play_seeks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ from keysync_jax.cli import main
 from keysync_jax.errors import UserError
 from keysync_jax.media import video as video_module
 from keysync_jax.media.composite import paste, pasted_region
-from keysync_jax.media.playback import pingpong_frames
+from keysync_jax.media.playback import pingpong_frames, played_frames
 from keysync_jax.media.timeline import source_index
-from keysync_jax.media.video import probe_video
+from keysync_jax.media.video import probe_video, read_frames
 from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import Model, open_model
 from keysync_jax.pipeline import dub as dub_module
@@ -319,6 +319,28 @@ def test_the_same_call_gives_the_same_frames_and_another_seed_others(
     assert (frames(seed=1) != once).any()
 
 
+@pytest.mark.parametrize(("longer", "frames"), [("loop", 48), ("stop", FRAMES)])
+def test_a_longer_voice_finds_the_video_as_it_is_told(
+    clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longer: Any, frames: int
+) -> None:
+    captured, output = Captured(monkeypatch), tmp_path / "out.mp4"
+    how = settings(clip, longer_voice=longer, provenance=longer == "loop")
+    assert dub(clip / "video.mp4", clip / "longer.wav", output, tiny_model, how).frames == frames
+    forward = list(read_frames(clip / "video.mp4"))
+    for i, frame in enumerate(captured.frames):
+        at = source_index(i, FRAMES, longer)
+        region = pasted_region(captured.geometry.masks[at], captured.geometry.boxes[at], frame.shape)
+        np.testing.assert_array_equal(frame[~region], forward[at][~region])
+    found = described(output)
+    assert found["frames"] == len(captured.frames) == frames
+    heard = frames / 25 if longer == "stop" else 1.9
+    assert abs(found["samples"] / 22_050 - heard) < 0.1  # AAC's frames of 1,024 and its priming.
+    with av.open(str(output)) as container:
+        said = container.metadata.get("comment", "")
+    assert ("mouth in this video is synthetic" in said) == (longer == "loop")
+    assert (open_model(tiny_model, only=()).fingerprint[:16] in said) == (longer == "loop")
+
+
 def test_frames_without_a_face_pass_through(
     clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +393,7 @@ def test_only_shown_faces_are_decoded_and_the_frames_are_those_of_whole_windows(
 def test_the_video_is_read_while_the_dub_is_written(
     clip: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, write, play = threading.Event(), VideoWriter.write, pingpong_frames
+    read, write, play = threading.Event(), VideoWriter.write, played_frames
     seen: list[bool] = []
 
     def reading(*given: Any, **options: Any) -> Iterator[np.ndarray]:
@@ -384,7 +406,7 @@ def test_the_video_is_read_while_the_dub_is_written(
         seen.append(read.wait(0 if seen else 20))
         write(writer, frame)
 
-    monkeypatch.setattr(dub_module, "pingpong_frames", reading)
+    monkeypatch.setattr(dub_module, "played_frames", reading)
     monkeypatch.setattr(VideoWriter, "write", writing)
     report = dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "out.mp4", tiny_model, settings(clip))
     assert seen[0]
