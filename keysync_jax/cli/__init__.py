@@ -5,12 +5,13 @@ Nothing heavy is imported before a subcommand runs, so `keysync --help` is quick
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
 from keysync_jax import __version__
-from keysync_jax.cli import benchmark, data, dubbing, evaluation, models, parity, training
+from keysync_jax.cli import benchmark, data, doctor, dubbing, evaluation, models, parity, training
 from keysync_jax.cli.stopping import Stopped, stopping_in_order
 from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.extras import needed_for
@@ -20,8 +21,9 @@ from keysync_jax.files import FULL_DISK
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
-    0: done. 1: a check did not hold (`parity`, `synth-eval`). 2: something the user gave cannot be used, or
-    the machine failed, said in one sentence on stderr. 130: interrupted. 128 + n: stopped by signal n.
+    0: done. 1: a check did not hold (`parity`, `synth-eval`, `doctor`). 2: something the user gave cannot be
+    used, or the machine failed, said in one sentence on stderr. 130: interrupted. 128 + n: stopped by signal
+    n. 141: nobody reads what is printed any more.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     # --config.x.y=v are settings, whose names argparse does not know.
@@ -40,12 +42,17 @@ def _run(arguments: argparse.Namespace) -> int:
     goes_on = "; the same command goes on where this one was" if arguments.resumable else ""
     try:
         with needed_for(f"keysync {arguments.command}"):
-            return int(arguments.run(arguments))
+            code = int(arguments.run(arguments))
+            sys.stdout.flush()
+            return code
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt as error:
         how = str(error) if isinstance(error, Stopped) else "interrupted"
         return _fail(how + goes_on, error.code if isinstance(error, Stopped) else 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # What is buffered goes nowhere.
+        return 141
     except (OSError, MemoryError) as error:
         fault = machine_fault(error)
         if fault is not None and fault.errno in FULL_DISK:
@@ -89,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         evaluation.add_arena,
         parity.add_parity,
         benchmark.add_bench,
+        doctor.add_doctor,
     ):
         add(commands)
     return parser

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from keysync_jax.config import from_dict, to_dict
@@ -25,6 +24,7 @@ from keysync_jax.media.audio import frames_of
 from keysync_jax.media.detectors import make_detector
 from keysync_jax.media.face_track import face_boxes
 from keysync_jax.media.landmarks import detect_all, load_landmarks
+from keysync_jax.media.scenes import SceneCuts
 from keysync_jax.media.soundtrack import read_soundtrack
 from keysync_jax.media.timeline import Timeline
 from keysync_jax.media.video import probe_video, read_frames, scan_timeline
@@ -283,30 +283,3 @@ def face_size(landmarks: np.ndarray) -> float:
         return 0.0
     boxes = face_boxes(landmarks[seen])
     return float((boxes[:, 2:] - boxes[:, :2]).max(axis=1).mean())
-
-
-class SceneCuts:
-    """Counts scene cuts as PySceneDetect's ContentDetector does, on frames of at most 256 pixels' width.
-
-    A cut is where the mean difference of hue, saturation and value of two frames is 27 or more, 15 frames or
-    more after the one before it.
-    """
-
-    LEAST, APART, WIDTH = 27.0, 15, 256
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._before: np.ndarray | None = None
-        self._since = 0
-
-    def update(self, frame: np.ndarray) -> None:
-        """Takes the next frame, uint8 RGB `[H, W, 3]`."""
-        factor = max(1, frame.shape[1] // self.WIDTH)
-        size = (frame.shape[1] // factor, frame.shape[0] // factor)
-        small = cv2.cvtColor(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2HSV)
-        small = small.astype(np.int16)
-        self._since += 1
-        far = self._before is not None and np.abs(small - self._before).mean() >= self.LEAST
-        if far and self._since >= self.APART:
-            self.count, self._since = self.count + 1, 0
-        self._before = small

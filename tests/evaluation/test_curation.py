@@ -11,8 +11,9 @@ from keysync_jax.cli import main
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation import curation
-from keysync_jax.evaluation.curation import CurationSettings, SceneCuts, Scores, curate, decide
+from keysync_jax.evaluation.curation import CurationSettings, Scores, curate, decide
 from keysync_jax.evaluation.curation import reason_to_drop as reason
+from keysync_jax.media.scenes import SceneCuts
 from tests.clips import face_landmarks
 from tests.data.preparing import add_clip
 
@@ -102,7 +103,7 @@ def test_a_cut_is_counted_and_a_flash_after_it_is_not() -> None:
     for t in range(60):
         scene = second if t in (20, 22) or t >= 40 else first
         cuts.update(scene.astype(np.uint8))
-    assert cuts.count == 2  # At 20 and at 40; what follows at once is the same one.
+    assert cuts.frames == [20, 40]  # At 20 and at 40; what follows at once is the same one.
     still = SceneCuts()
     slope = np.linspace(0, 250, 64)[:, None] * np.array([1, 0.9, 0.8])
     for t in range(40):
