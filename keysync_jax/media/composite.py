@@ -82,3 +82,28 @@ def pasted_region(
     region = np.zeros(frame_shape[:2], bool)
     region[y0:y1, x0:x1] = paste_weights(mask, box, frame_shape, feather) > 0
     return region
+
+
+def seam_energy(
+    source: np.ndarray, pasted: np.ndarray, mask: np.ndarray, box: np.ndarray, feather: int = FEATHER
+) -> tuple[float, float]:
+    """How much there is to see along the border of what was pasted: before and after.
+
+    The mean squared gradient of the luma (levels per pixel, Sobel over 8), where the paste fades out. A
+    border that shows has more after than before; 0 and 0 where nothing was pasted.
+
+    Args:
+      source, pasted: uint8 RGB `[H, W, 3]`.
+      mask, box, feather: as `paste` took them.
+    """
+    x0, y0, x1, y1 = (int(v) for v in box)
+    weights = paste_weights(mask, box, source.shape, feather)
+    fade = (weights > 0) & (weights < 1)
+    if not fade.any():
+        return 0.0, 0.0
+    found = []
+    for picture in (source, pasted):
+        luma = cv2.cvtColor(np.ascontiguousarray(picture[y0:y1, x0:x1]), cv2.COLOR_RGB2GRAY)
+        gradients = (cv2.Sobel(luma, cv2.CV_32F, *order, scale=1 / 8) for order in ((1, 0), (0, 1)))
+        found.append(float(sum(gradient[fade] ** 2 for gradient in gradients).mean()))
+    return found[0], found[1]

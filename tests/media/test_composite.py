@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from keysync_jax.media.composite import FEATHER, GAP, paste, paste_weights, pasted_region
+from keysync_jax.media.composite import FEATHER, GAP, paste, paste_weights, pasted_region, seam_energy
 from keysync_jax.media.crop import crop_frame
 
 SHAPE = (360, 640, 3)
@@ -117,3 +117,23 @@ def test_blending_the_pasted_region_alone_changes_no_bit(box: list[int], mask: n
     weights = paste_weights(mask, box, SHAPE)[..., None]
     blended[y0:y1, x0:x1] = np.rint(below + weights * (face - below))
     np.testing.assert_array_equal(paste(source, generated, mask, box), blended)
+
+
+def test_a_border_that_shows_has_more_gradient_than_the_source() -> None:
+    slope = np.tile(np.linspace(40, 200, SHAPE[1]), (SHAPE[0], 1))
+    source = np.repeat(np.rint(slope)[..., None], 3, axis=-1).astype(np.uint8)
+    mask, true = box_mask(64), crop_frame(source, BOX)
+    before, same = seam_energy(source, paste(source, true, mask, BOX), mask, BOX)
+    # One pixel in four is a level brighter than the one before, and two of four see half of it.
+    assert before == pytest.approx(0.5**2 / 2, rel=0.02)
+    assert same == pytest.approx(before, rel=0.1)
+    shifts = []
+    for shift in (8, 32):
+        dark = (true.astype(int) - shift).astype(np.uint8)
+        _, shows = seam_energy(source, paste(source, dark, mask, BOX), mask, BOX)
+        shifts.append(shows)
+    # Across the fade the step of the colour adds its own slope, which the feather spreads.
+    assert before < shifts[0] < shifts[1]
+    hard = paste(source, dark, mask, BOX, feather=4)
+    assert seam_energy(source, hard, mask, BOX, feather=4)[1] > 3 * shifts[1]
+    assert seam_energy(source, source, np.zeros((64, 64)), BOX) == (0.0, 0.0)
