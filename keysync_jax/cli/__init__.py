@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from keysync_jax import __version__
-from keysync_jax.cli import benchmark, data, dubbing, evaluation, models, parity, training
+from keysync_jax.cli import benchmark, data, dubbing, evaluation, launching, models, parity, training
 from keysync_jax.cli.stopping import Stopped, stopping_in_order
 from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.extras import needed_for
@@ -21,16 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
     0: done. 1: a check did not hold (`parity`, `synth-eval`). 2: something the user gave cannot be used, or
-    the machine failed, said in one sentence on stderr. 130: interrupted. 128 + n: stopped by signal n.
+    the machine failed, said in one sentence on stderr. 42: a training run that should be started again.
+    130: interrupted. 128 + n: stopped by signal n.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    # What follows -- is the command that is launched, settings included.
+    cut = given.index("--") if given[:1] == ["launch"] and "--" in given else len(given)
+    given, rest = given[:cut], given[cut + 1 :]
     # --config.x.y=v are settings, whose names argparse does not know.
     overrides = [a for a in given if a.startswith("--config.")]
     parser = _parser()
     arguments = parser.parse_args([a for a in given if a not in overrides])
     if overrides and arguments.run is not training.run_train:
         parser.error(f"{overrides[0]} is a setting of keysync train")
-    arguments.overrides = overrides
+    arguments.overrides, arguments.rest = overrides, rest
     # A training run has a way of its own: it finishes the step under way and saves it.
     with stopping_in_order(arguments.run is not training.run_train):
         return _run(arguments)
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         dubbing.add_warm,
         data.add_prepare,
         training.add_train,
+        launching.add_launch,
         models.add_export,
         training.add_init,
         data.add_synth,

@@ -23,7 +23,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from keysync_jax.train.config import TrainConfig
     from keysync_jax.train.config_file import load_config
 
-    if arguments.allow_download:
+    if arguments.allow_download and arguments.config is not None:
         config = load_config(arguments.config, arguments.overrides)
         if isinstance(config, TrainConfig):
             fetch_models(arguments, config.init.path, config.init.vae)

@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,18 +24,27 @@ from orbax.checkpoint import v1 as ocp
 
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
-from keysync_jax.files import write_json
+from keysync_jax.files import is_remote, write_json
 from keysync_jax.train.config import AnyTrainConfig, CheckpointConfig, train_config_from
-from keysync_jax.train.hosts import decided
+from keysync_jax.train.hosts import HostsLostError, decided
 from keysync_jax.train.inputs import PLACES, Inputs, check_inputs, read_inputs
 from keysync_jax.train.step import TrainState
 
 FORMAT = "keysync-run-1"
 
-MAY_CHANGE = ("steps", "log", "checkpoint", "mesh", "guidance", "data.workers", "init.kind", "init.path")
+MAY_CHANGE = (
+    "steps", "log", "watch", "profile", "checkpoint", "mesh", "guidance", "data.workers",
+    "init.kind", "init.path",
+)  # fmt: skip
 """Settings that an interrupted run may go on with in another value; none changes what a step computes."""
 
 _PARTIAL_SUFFIX = ".orbax-checkpoint-tmp"
+
+_MARKER = "commit_success.txt"
+"""What Orbax writes last into a checkpoint, in every mode since 0.12.3."""
+
+_CHUNK_BYTES = 16 << 20
+"""Pieces in which arrays are stored. Another mesh reads pieces of a shard; large ones hold too much else."""
 
 
 class Checkpoints:
@@ -58,17 +68,18 @@ class Checkpoints:
             keep.append(policies.EveryNSteps(config.keep_every))
         # Its tracebacks come a second time as exceptions, which are told in a sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.folder = Path(folder).absolute()
+        self.folder = folder if is_remote(folder) else Path(folder).absolute()
         self._read_only = read_only
         self._remove_partial()
         try:
-            self._checkpointer = ocp.training.Checkpointer(
-                self.folder,
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-            )
+            with _context():
+                self._checkpointer = ocp.training.Checkpointer(
+                    self.folder,
+                    preservation_policy=policies.AnyPreservationPolicy(keep),
+                )
         except OSError as error:
             raise UserError(f"{folder}: cannot be used ({error.strerror or error})") from error
-        self._saving: tuple[int, Any] | None = None
+        self._saving: tuple[int, Any, Callable[[int, float], object]] | None = None
         self._latest: int | None = decided(lambda: max(saved_steps(self.folder), default=None))
 
     @property
@@ -76,8 +87,13 @@ class Checkpoints:
         """Step of the last complete checkpoint, the same in every process."""
         return self._latest
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(
+        self, state: TrainState, step: int, saved: Callable[[int, float], object] = lambda step, at: None
+    ) -> None:
         """Starts saving a checkpoint; a step that is there already is left as it is.
+
+        Args:
+          saved: is called with the step, and when it was complete (seconds since 1970), by `wait`.
 
         Raises:
           UserError: this save or the one before it failed; the last complete checkpoint stays.
@@ -86,10 +102,11 @@ class Checkpoints:
         if step == self._latest:
             return
         try:
-            response = self._checkpointer.save_async(step, _as_tree(state), force=True)
+            with _context():
+                response = self._checkpointer.save_async(step, _as_tree(state), force=True)
         except (OSError, ValueError) as error:
             raise self._failed(step, error) from error
-        self._saving = (step, response)
+        self._saving = (step, response, saved)
 
     def wait(self) -> None:
         """Waits until the save under way is complete.
@@ -99,13 +116,18 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        (step, response), self._saving = self._saving, None
+        (step, response, saved), self._saving = self._saving, None
         try:
             response.result()
         # tensorstore reports a full disk as ValueError, Orbax some failures as RuntimeError.
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(step, error) from error
         self._latest = step
+        try:
+            at = float((self.folder / str(step) / _MARKER).stat().st_mtime)
+        except (OSError, AttributeError):  # Removed already; objects have no such times.
+            at = time.time()
+        saved(step, at)
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The last checkpoint, bit for bit.
@@ -147,11 +169,14 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Orbax would wait for processes that are gone.
+        lost = isinstance(error, HostsLostError | jax.errors.JaxRuntimeError) and jax.process_count() > 1
         try:
             if error is None:
                 self.wait()
         finally:
-            self._close()
+            if not lost:
+                self._close()
 
     def _close(self) -> None:
         """Ends Orbax's threads; they report a failed save once more, which has been told already."""
@@ -163,7 +188,7 @@ class Checkpoints:
 
     def _remove_partial(self) -> None:
         """Gives back the room of a save that did not end; one whose writers are still busy goes next time."""
-        if jax.process_index() == 0 and not self._read_only:
+        if jax.process_index() == 0 and not self._read_only and not is_remote(self.folder):
             for partial in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
                 shutil.rmtree(partial, ignore_errors=True)
 
@@ -201,7 +226,11 @@ class Checkpoints:
             f"({_reason(error)}); remove this folder to {instead}"
         )
 
-    def _failed(self, step: int, error: Exception) -> UserError:
+    def _failed(self, step: int, error: Exception) -> Exception:
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return HostsLostError(
+                f"step {step} could not be saved, as hosts do not answer ({_reason(error)})"
+            )
         last = "no checkpoint" if self.latest is None else f"the checkpoint of step {self.latest}"
         return UserError(
             f"{self.folder}: step {step} could not be saved ({_reason(error)}); {last} is complete, "
@@ -211,7 +240,31 @@ class Checkpoints:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints on disk; Orbax's own list runs ahead of a failed save."""
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_complete(p)]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was committed.
+
+    Its name does not tell: on object stores, and on mounts of them, it is written under the name it will
+    have.
+    """
+    if (checkpoint / _MARKER).exists():
+        return True
+    # Of Orbax before 0.12.3, which renamed complete folders.
+    try:
+        written = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_bytes())
+        return bool(written["commit_timestamp_nsecs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    return context
 
 
 def settle_config(workdir: Path, config: AnyTrainConfig, inputs: Inputs | None = None) -> None:
