@@ -7,7 +7,7 @@ copies them up with every checkpoint.
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, cast
 
 from keysync_jax.errors import UserError
@@ -28,9 +28,9 @@ def run_folder(workdir: str | Path) -> Path:
         return Path(workdir)
     with needed_for(f"--workdir {workdir}"):
         from etils import epath
-    path: Any = epath.Path(str(workdir))
-    if "://" not in str(path):
+    if not str(workdir).startswith(("gs://", "s3://")):
         raise UserError(f"--workdir {workdir}: only gs:// and s3:// are known beside folders")
+    path: Any = epath.Path(str(workdir))
     try:
         path.exists()
     except ImportError as error:
@@ -45,7 +45,7 @@ def logs_folder(workdir: Path) -> Path:
     """Where the logs of a run are written: its folder, or a local one where that is a URL."""
     if not is_remote(workdir):
         return workdir
-    return cache_folder() / "runs" / f"{PurePath(workdir).name}-{fingerprint(str(workdir))[:12]}"
+    return cache_folder() / "runs" / f"{workdir.name}-{fingerprint(str(workdir))[:12]}"
 
 
 class Mirror:
