@@ -14,6 +14,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,6 +47,30 @@ _MARKER = "commit_success.txt"
 
 _CHUNK_BYTES = 16 << 20
 """Pieces in which arrays are stored. Another mesh reads pieces of a shard; large ones hold too much else."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a checkpoint, which numpy reads (`np.asarray`) each time it needs the numbers.
+
+    Attributes:
+      read: reads them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def astype(self, dtype: Any) -> "StoredArray":
+        """The array in another dtype, as lazy as this one."""
+        return StoredArray(self.shape, np.dtype(dtype), lambda: self.read().astype(dtype))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read() if dtype is None else self.read().astype(dtype)
 
 
 class Checkpoints:
@@ -138,7 +164,7 @@ class Checkpoints:
         Raises:
           UserError: there is none, or it is damaged.
         """
-        return TrainState(**self._load(_as_tree(abstract), partial=False))
+        return TrainState(**self._load(_as_tree(abstract), some=False))
 
     def restore_weights(self, average: bool) -> tuple[int, dict[str, np.ndarray]]:
         """Step and parameters (trained and frozen, path -> fp32 array) of the last checkpoint.
@@ -160,8 +186,30 @@ class Checkpoints:
             for name in (trained, "frozen")
             if stored.get(name)
         }
-        loaded = self._load(wanted, partial=True)
+        loaded = self._load(wanted, some=True)
         return step, {**loaded[trained], **loaded.get("frozen", {})}
+
+    def stored_weights(self, average: bool) -> tuple[int, dict[str, "StoredArray"]]:
+        """As `restore_weights`, but an array is read when its numbers are asked for, and not kept.
+
+        Raises:
+          UserError: as that; or later, where an array is damaged.
+        """
+        step = self._latest_or_raise()
+        stored = self._stored(step)
+        trained = "ema" if average else "params"
+        if not stored.get(trained):
+            raise UserError(f"{self.folder / str(step)}: the run kept no moving average (optimizer.ema is 0)")
+
+        def read(part: str, path: str) -> np.ndarray:
+            leaf = stored[part][path]
+            return np.asarray(self._load({part: {path: np.empty(leaf.shape, leaf.dtype)}}, True)[part][path])
+
+        return step, {
+            path: StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype), partial(read, part, path))
+            for part in (trained, "frozen")
+            for path, leaf in (stored.get(part) or {}).items()
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -189,8 +237,8 @@ class Checkpoints:
     def _remove_partial(self) -> None:
         """Gives back the room of a save that did not end; one whose writers are still busy goes next time."""
         if jax.process_index() == 0 and not self._read_only and not is_remote(self.folder):
-            for partial in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
-                shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _latest_or_raise(self) -> int:
         step = self.latest
@@ -205,10 +253,10 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
 
-    def _load(self, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
+    def _load(self, wanted: dict[str, Any], some: bool) -> dict[str, Any]:
         step = self._latest_or_raise()
         context = ocp.Context()
-        context.pytree.loading.partial_load = partial
+        context.pytree.loading.partial_load = some
         try:
             with context:
                 return dict(ocp.load(self.folder / str(step), wanted))

@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from keysync_jax.config import ModelConfig, StageConfig, StageKind
 from keysync_jax.data.records import MANIFEST, Dataset
@@ -18,7 +17,8 @@ from keysync_jax.train.fits import check_fits
 from keysync_jax.train.inputs import read_inputs
 from keysync_jax.train.places import run_folder
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, Any]
+"""Path -> array: in memory, in a mapped file, or a `StoredArray`; they are written one by one."""
 
 
 def export(
@@ -136,4 +136,4 @@ def _weights(folder: Path, config: TrainConfig, average: bool) -> tuple[int, Ten
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: the run has no checkpoint yet")
     with Checkpoints(folder / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
-        return checkpoints.restore_weights(average)
+        return checkpoints.stored_weights(average)

@@ -35,6 +35,7 @@ from keysync_jax.train.inputs import Inputs, inputs_of
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.places import Mirror, logs_folder, run_folder
 from keysync_jax.train.preview import Preview
+from keysync_jax.train.scatter import state_from_slices
 from keysync_jax.train.sharding import (
     AnyStep,
     Run,
@@ -252,7 +253,8 @@ class _Session:
         """The last checkpoint's state, else the one before the first step."""
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(self.abstract)
-        return state_from(self.mesh, self.config, self.job.first_weights())
+        begin = state_from if jax.process_count() == 1 else state_from_slices
+        return begin(self.mesh, self.config, self.job.first_weights())
 
     def steps(
         self,
