@@ -26,10 +26,11 @@ class File:
         return self.x.reshape(-1)[part]
 
 rng = np.random.default_rng(0)
-shapes = {"a.kernel": (3, 3, 16, 24), "a.bias": (7,), "b.scale": (), "time.kernel": (5, 8),
-"frozen.temporal_res_block.kernel": (8, 8)} weights = {k: np.asarray(rng.standard_normal(s), np.float32) for
-k, s in shapes.items()} weights["time.kernel"] = weights["time.kernel"].astype(ml_dtypes.bfloat16)
-config = train_config(optimizer=OptimizerConfig(ema=0.9), mesh=MeshConfig(2, 4))
+shapes = {"a.kernel": (3, 3, 16, 24), "a.bias": (7,), "b.scale": (), "time.kernel": (5, 8)}
+shapes["frozen.temporal_res_block.kernel"] = (8, 8)
+weights = {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in shapes.items()}
+weights["time.kernel"] = weights["time.kernel"].astype(ml_dtypes.bfloat16)
+config = train_config(optimizer=OptimizerConfig(ema=0.9, frozen=("temporal",)), mesh=MeshConfig(2, 4))
 mesh = make_mesh(config.mesh, 8)
 whole = state_from(mesh, config, weights)
 sliced = state_from_slices(mesh, config, {k: File(k, x) for k, x in weights.items()})
