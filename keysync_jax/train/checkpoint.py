@@ -9,13 +9,13 @@ A batch is a function of (seed, step), so the step is all that resuming the data
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,6 +48,9 @@ _MARKER = "commit_success.txt"
 _CHUNK_BYTES = 16 << 20
 """Pieces in which arrays are stored. Another mesh reads pieces of a shard; large ones hold too much else."""
 
+_GROUP_BYTES = 256 << 20
+"""Of arrays that are read together where not all are needed in memory."""
+
 
 @dataclass(frozen=True)
 class StoredArray:
@@ -71,6 +74,40 @@ class StoredArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.read() if dtype is None else self.read().astype(dtype)
+
+
+class _Reader:
+    """Reads arrays of a checkpoint in groups, as each call of Orbax takes 40 ms, and keeps the last group.
+
+    Args:
+      load: reads those that are wanted (part -> path -> empty array).
+    """
+
+    def __init__(self, load: Callable[[dict[str, Any]], dict[str, Any]]):
+        self._load = load
+        self._groups: list[list[tuple[str, str, Any]]] = []
+        self._bytes = _GROUP_BYTES
+        self._kept: tuple[int, dict[str, Any]] | None = None
+
+    def array(self, part: str, path: str, leaf: Any) -> StoredArray:
+        """One of the arrays; it joins the group of the one before while that has room."""
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if self._bytes + size > _GROUP_BYTES:
+            self._groups.append([])
+            self._bytes = 0
+        self._bytes += size
+        group = len(self._groups) - 1
+        self._groups[group].append((part, path, leaf))
+        return StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: self._read(group, part, path))
+
+    def _read(self, group: int, part: str, path: str) -> np.ndarray:
+        if self._kept is None or self._kept[0] != group:
+            self._kept = None  # Before the next one takes room.
+            wanted: dict[str, Any] = {}
+            for of, name, leaf in self._groups[group]:
+                wanted.setdefault(of, {})[name] = np.empty(leaf.shape, leaf.dtype)
+            self._kept = group, self._load(wanted)
+        return np.asarray(self._kept[1][part][path])
 
 
 class Checkpoints:
@@ -190,7 +227,7 @@ class Checkpoints:
         return step, {**loaded[trained], **loaded.get("frozen", {})}
 
     def stored_weights(self, average: bool) -> tuple[int, dict[str, "StoredArray"]]:
-        """As `restore_weights`, but an array is read when its numbers are asked for, and not kept.
+        """As `restore_weights`, but arrays are read when their numbers are asked for, some at a time.
 
         Raises:
           UserError: as that; or later, where an array is damaged.
@@ -200,13 +237,9 @@ class Checkpoints:
         trained = "ema" if average else "params"
         if not stored.get(trained):
             raise UserError(f"{self.folder / str(step)}: the run kept no moving average (optimizer.ema is 0)")
-
-        def read(part: str, path: str) -> np.ndarray:
-            leaf = stored[part][path]
-            return np.asarray(self._load({part: {path: np.empty(leaf.shape, leaf.dtype)}}, True)[part][path])
-
+        reader = _Reader(lambda wanted: self._load(wanted, some=True))
         return step, {
-            path: StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype), partial(read, part, path))
+            path: reader.array(part, path, leaf)
             for part in (trained, "frozen")
             for path, leaf in (stored.get(part) or {}).items()
         }

@@ -210,6 +210,7 @@ def test_weights_alone(tmp_path: Path) -> None:
 def test_arrays_are_stored_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another mesh reads pieces, not the shards of the mesh that saved.
     monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1024)
+    monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
     write(tmp_path, 7)
     stored = json.loads(next((tmp_path / "7").rglob("array_metadatas/process_0")).read_text())
     shapes = {
