@@ -47,7 +47,7 @@ def flat_array(mesh: Mesh, x: Any) -> jax.Array:
     part = -(-x.size // count)
     row = x.reshape(-1)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         first, last, _ = index[0].indices(part * count)
         found = np.zeros(last - first, np.float32)
         inside = row[first:last]
