@@ -6,6 +6,7 @@ Nothing heavy is imported before a subcommand runs, so `keysync --help` is quick
 import argparse
 import errno
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -36,8 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{overrides[0]} is a setting of keysync train")
     arguments.overrides, arguments.rest = overrides, rest
     # A training run has a way of its own: it finishes the step under way and saves it.
-    with stopping_in_order(arguments.run is not training.run_train):
-        return _run(arguments)
+    trains = arguments.run is training.run_train
+    with stopping_in_order(not trains):
+        try:
+            code = _run(arguments)
+        except Exception:
+            if not (trains and training.is_one_of_several()):
+                raise
+            traceback.print_exc()
+            code = 1
+    if trains and code in (1, 2):
+        training.leave_the_others(code)
+    return code
 
 
 def _run(arguments: argparse.Namespace) -> int:

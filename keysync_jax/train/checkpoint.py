@@ -28,7 +28,7 @@ from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.files import is_remote, write_json
 from keysync_jax.train.config import AnyTrainConfig, CheckpointConfig, train_config_from
-from keysync_jax.train.hosts import HostsLostError, decided
+from keysync_jax.train.hosts import HostsLostError, decided, is_loss
 from keysync_jax.train.inputs import PLACES, Inputs, check_inputs, read_inputs
 from keysync_jax.train.step import TrainState
 
@@ -251,7 +251,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Orbax would wait for processes that are gone.
-        lost = isinstance(error, HostsLostError | jax.errors.JaxRuntimeError) and jax.process_count() > 1
+        lost = is_loss(error)
         try:
             if error is None:
                 self.wait()
@@ -308,7 +308,7 @@ class Checkpoints:
         )
 
     def _failed(self, step: int, error: Exception) -> Exception:
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        if is_loss(error):
             return HostsLostError(
                 f"step {step} could not be saved, as hosts do not answer ({_reason(error)})"
             )

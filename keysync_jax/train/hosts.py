@@ -19,6 +19,22 @@ class HostsLostError(Exception):
     """Other processes of the run are gone or do not answer; started again, the same command can succeed."""
 
 
+# Of the links of CPUs and GPUs, and of the service that keeps all processes together.
+_LINKS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Connection closed by peer", "barrier")
+
+
+def is_loss(error: BaseException | None) -> bool:
+    """Whether an exception says that another process of the run, or the way to it, is gone.
+
+    JAX raises what its links report as JaxRuntimeError or as ValueError.
+    """
+    if jax.process_count() == 1 or error is None or "RESOURCE_EXHAUSTED" in str(error):
+        return False
+    if isinstance(error, HostsLostError | jax.errors.JaxRuntimeError):
+        return True
+    return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in _LINKS)
+
+
 @contextmanager
 def lost_hosts_told() -> Iterator[None]:
     """Around what many processes do together: an error of the devices' links counts as the loss of a host.
@@ -28,9 +44,9 @@ def lost_hosts_told() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         words = (str(error).splitlines() or [""])[0]
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+        if not is_loss(error):
             raise
         raise HostsLostError(
             f"another process of the run, or the way to it, is gone ({words[:300]})"

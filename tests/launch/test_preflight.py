@@ -101,6 +101,11 @@ def test_a_lost_host_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) ->
         fails("Gloo all-reduce failed\nmore")
     with pytest.raises(jax.errors.JaxRuntimeError):
         fails("RESOURCE_EXHAUSTED: out of memory")
+    # Some come as another exception.
+    with pytest.raises(HostsLostError), lost_hosts_told():
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:33415")
+    with pytest.raises(ValueError, match="a defect"), lost_hosts_told():
+        raise ValueError("a defect")
     checkpoints = object.__new__(checkpoint.Checkpoints)
     checkpoints.folder, checkpoints._latest = Path("run"), 7
     lost = checkpoints._failed(8, jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: a barrier timed out"))
