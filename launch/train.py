@@ -87,8 +87,8 @@ def _train(config: AnyTrainConfig, arguments: argparse.Namespace, began: float) 
     from keysync_jax.train.loop import Start, train
 
     with lost_hosts_told():
-        hosts = preflight(config, workdir) if cluster is not None else []
         _keep_compiled(workdir)
+        hosts = preflight(config, workdir) if cluster is not None else []
         outcome = train(config, workdir, start=Start(began, time.time(), tuple(hosts)))
     if outcome.signal is None:
         print(f"{workdir}: step {outcome.step} of {config.steps}; keysync export makes it a model")

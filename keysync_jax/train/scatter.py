@@ -38,7 +38,7 @@ def state_from_slices(mesh: Mesh, config: AnyTrainConfig, weights: Mapping[str, 
         return init_state(config, params)
 
     flat = {path: flat_array(mesh, x) for path, x in weights.items()}
-    return jax.jit(build, out_shardings=placed, donate_argnums=0)(flat)
+    return jax.jit(build, out_shardings=placed)(flat)
 
 
 def flat_array(mesh: Mesh, x: Any) -> jax.Array:
