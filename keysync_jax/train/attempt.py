@@ -15,7 +15,7 @@ import numpy as np
 
 from keysync_jax.train.config import AnyTrainConfig, ProfileConfig
 from keysync_jax.train.events import Events
-from keysync_jax.train.hosts import gathered_numbers
+from keysync_jax.train.hosts import gathered_numbers, is_loss
 from keysync_jax.train.stragglers import Stragglers
 from keysync_jax.train.watchdog import Watchdog
 
@@ -115,7 +115,9 @@ class Attempt:
     ) -> None:
         self.watchdog.__exit__(kind, error, trace)
         self._profile.close()
-        if error is not None:
+        if is_loss(error):
+            self._reason = "another process was lost"
+        elif error is not None:
             self._reason = f"{type(error).__name__}: {str(error)[:300]}".rstrip(": ")
         self.events.add("stop", reason=self._reason)
 

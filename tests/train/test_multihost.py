@@ -137,7 +137,8 @@ def test_a_run_of_two_processes_stops_and_goes_on_as_one(tmp_path: Path) -> None
     assert [report["code"] for report in reports] == [RESTART, -signal.SIGKILL], errors
     assert "another process of the run, or the way to it, is gone" in errors[0]
     assert time.monotonic() - began < 60
-    assert [e["reason"][:7] for e in read_events(workdir) if e["event"] == "stop"] == ["SIGTERM", "JaxRunt"]
+    stops = [event["reason"] for event in read_events(workdir) if event["event"] == "stop"]
+    assert stops == ["SIGTERM", "another process was lost"]
     done = len(lines(workdir))  # It may have saved some of these.
 
     # Process 1 sees no checkpoint; the first one tells it where to go on, and that a seed is another one.
