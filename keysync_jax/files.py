@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,16 @@ def check_new_folder(folder: Path) -> None:
         raise UserError(f"{folder}: the folder {folder.parent} is not writable")
 
 
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL (`gs://...`), whose objects appear whole by themselves."""
+    return "://" in os.fspath(path)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file."""
+    """Writes a small file; an object where `path` is one of `etils.epath` with a URL."""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
     with replacing(path) as partial:
         partial.write_bytes(content)
 
@@ -480,6 +488,15 @@ def _git_file(path: Path) -> tuple[str, str]:
 def _git_object(kind: str, content: bytes) -> str:
     header = f"{kind} {len(content)}\0".encode()
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()
+
+
+def sources_fingerprint(folders: Iterable[str | os.PathLike[str]]) -> str:
+    """SHA-256 (hex) of the Python files in folders and below, by name; each file counts once."""
+    found: dict[Path, str] = {}
+    for folder in map(Path, folders):
+        for path in folder.rglob("*.py"):
+            found.setdefault(path.resolve(), f"{folder.name}/{path.relative_to(folder).as_posix()}")
+    return fingerprint(sorted((name, sha256_of(path)) for path, name in found.items()))
 
 
 def fingerprint(content: Any) -> str:

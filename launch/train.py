@@ -2,20 +2,20 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from keysync_jax.errors import UserError
 from keysync_jax.extras import needed_for
+from keysync_jax.files import is_remote
 from keysync_jax.train.config import AnyTrainConfig
 from keysync_jax.train.config_file import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `keysync train`; overrides (`--config.x=y`) are taken off before parsing."""
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="configs/*.py; --config.x.y=v overrides"
-    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configs/*.py; --config.x.y=v overrides")
     parser.add_argument("--workdir", metavar="DIR", help="of the run; an interrupted one goes on")
     parser.add_argument("--dry-run", action="store_true", help="print what the run takes, and stop")
     parser.add_argument("--devices", type=int, metavar="N", help="of the dry run (default 1)")
@@ -32,10 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
     parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: number of this one")
+    parser.add_argument(
+        "--report", type=Path, metavar="WORKDIR", help="print what became of a run's time, and stop"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Runs the parsed command; returns the exit code: 0, or 128 + the signal that stopped the run."""
+    """Runs the parsed command; returns the exit code.
+
+    0, or 128 + the signal that stopped the run, or 42 (`RESTART`): other hosts are lost, or do not answer;
+    the same command goes on once it is started again. Where hosts are lost the process ends here.
+    """
+    began = time.time()
+    if arguments.report is not None:
+        from keysync_jax.train.report import report
+
+        print(report(arguments.report).table())
+        return 0
+    if arguments.config is None:
+        raise UserError("--config is missing: the settings of the run, configs/*.py")
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
         return _dry_run(config, arguments.devices, arguments.topology)
@@ -43,12 +58,38 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("--devices goes with --dry-run; a run takes all devices that are here")
     if arguments.topology is not None:
         raise UserError("--topology goes with --dry-run; a run takes the devices that are here")
-    workdir = _local_folder(arguments.workdir)
-    join_hosts(arguments.multihost, arguments.coordinator, arguments.processes, arguments.process)
-    _keep_compiled(workdir)
-    from keysync_jax.train.loop import train
+    if arguments.workdir is None:
+        raise UserError("--workdir is missing: the folder of the run")
+    from keysync_jax.train.hosts import HostsLostError
+    from keysync_jax.train.watchdog import RESTART, leave
 
-    outcome = train(config, workdir)
+    try:
+        return _train(config, arguments, began)
+    except HostsLostError as error:
+        print(f"keysync: {error}; exit code {RESTART} asks for another start", file=sys.stderr)
+        leave(RESTART)
+
+
+def _train(config: AnyTrainConfig, arguments: argparse.Namespace, began: float) -> int:
+    from keysync_jax.launch.join import join_hosts
+    from keysync_jax.train.places import run_folder
+
+    workdir = run_folder(arguments.workdir)
+    cluster = join_hosts(
+        arguments.multihost,
+        arguments.coordinator,
+        arguments.processes,
+        arguments.process,
+        config.watch.heartbeat,
+    )
+    from keysync_jax.launch.preflight import preflight
+    from keysync_jax.train.hosts import lost_hosts_told
+    from keysync_jax.train.loop import Start, train
+
+    with lost_hosts_told():
+        _keep_compiled(workdir)
+        hosts = preflight(config, workdir) if cluster is not None else []
+        outcome = train(config, workdir, start=Start(began, time.time(), tuple(hosts)))
     if outcome.signal is None:
         print(f"{workdir}: step {outcome.step} of {config.steps}; keysync export makes it a model")
         return 0
@@ -86,31 +127,5 @@ def _keep_compiled(workdir: Path) -> None:
     from keysync_jax.backend import keep_compiled
     from keysync_jax.media.assets import cache_folder
 
-    keep_compiled((workdir if jax.process_count() > 1 else cache_folder()) / "compiled")
-
-
-def _local_folder(workdir: str | None) -> Path:
-    if workdir is None:
-        raise UserError("--workdir is missing: the folder of the run")
-    if "://" in workdir:
-        raise UserError(f"--workdir {workdir}: a run is kept in a local or mounted folder, not behind a URL")
-    return Path(workdir)
-
-
-def join_hosts(multihost: bool, coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Connects this process with the run's other ones; does nothing for a run on one host.
-
-    Args:
-      multihost: let JAX find the others (TPU pods, SLURM, Open MPI).
-      coordinator: `HOST:PORT` of process 0, with how many `processes` there are and which `process` this is.
-    """
-    import jax
-
-    given = [x is not None for x in (coordinator, processes, process)]
-    if any(given) and not all(given):
-        raise UserError("--coordinator, --processes and --process go together")
-    if multihost or all(given):
-        try:
-            jax.distributed.initialize(coordinator, processes, process)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"cannot join the other hosts: {error}") from error
+    shared = jax.process_count() > 1 and not is_remote(workdir)
+    keep_compiled((workdir if shared else cache_folder()) / "compiled")

@@ -44,7 +44,8 @@ def data() -> set[str]:
     floors = (ROOT / "keysync_jax").rglob("floors.json")
     evaluation = ROOT / "keysync_jax" / "evaluation"
     pages = [file for kind in ("css", "html", "js") for file in evaluation.rglob(f"*.{kind}")]
-    return {file.relative_to(ROOT).as_posix() for file in (*files, *models, *types, *floors, *pages)}
+    found = {file.relative_to(ROOT).as_posix() for file in (*files, *models, *types, *floors, *pages)}
+    return found | {f"keysync_jax/launch/cluster/{file.name}" for file in (ROOT / "launch/cluster").iterdir()}
 
 
 def modules(prefix: str = "keysync_jax") -> list[str]:

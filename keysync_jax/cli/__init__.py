@@ -7,11 +7,22 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
 from keysync_jax import __version__
-from keysync_jax.cli import benchmark, data, doctor, dubbing, evaluation, models, parity, training
+from keysync_jax.cli import (
+    benchmark,
+    data,
+    doctor,
+    dubbing,
+    evaluation,
+    launching,
+    models,
+    parity,
+    training,
+)
 from keysync_jax.cli.stopping import Stopped, stopping_in_order
 from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.extras import needed_for
@@ -22,20 +33,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
     0: done. 1: a check did not hold (`parity`, `synth-eval`, `doctor`). 2: something the user gave cannot be
-    used, or the machine failed, said in one sentence on stderr. 130: interrupted. 128 + n: stopped by signal
-    n. 141: nobody reads what is printed any more.
+    used, or the machine failed, said in one sentence on stderr. 42: a training run that should be started
+    again. 130: interrupted. 128 + n: stopped by signal n. 141: nobody reads what is printed any more.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    # What follows -- is the command that is launched, settings included.
+    cut = given.index("--") if given[:1] == ["launch"] and "--" in given else len(given)
+    given, rest = given[:cut], given[cut + 1 :]
     # --config.x.y=v are settings, whose names argparse does not know.
     overrides = [a for a in given if a.startswith("--config.")]
     parser = _parser()
     arguments = parser.parse_args([a for a in given if a not in overrides])
     if overrides and arguments.run is not training.run_train:
         parser.error(f"{overrides[0]} is a setting of keysync train")
-    arguments.overrides = overrides
+    arguments.overrides, arguments.rest = overrides, rest
     # A training run has a way of its own: it finishes the step under way and saves it.
-    with stopping_in_order(arguments.run is not training.run_train):
-        return _run(arguments)
+    trains = arguments.run is training.run_train
+    with stopping_in_order(not trains):
+        try:
+            code = _run(arguments)
+        except Exception:
+            if not (trains and training.is_one_of_several()):
+                raise
+            traceback.print_exc()
+            code = 1
+    if trains and code in (1, 2):
+        training.leave_the_others(code)
+    return code
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -87,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         dubbing.add_warm,
         data.add_prepare,
         training.add_train,
+        launching.add_launch,
         models.add_export,
         training.add_init,
         data.add_synth,

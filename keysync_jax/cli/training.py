@@ -1,9 +1,13 @@
 """Subcommands that train: train, init."""
 
 import argparse
+import sys
+import time
 from pathlib import Path
 
 from keysync_jax.cli.common import Commands, add_allow_download, fetch_models, keep_compiled_programs
+
+_LAST_WORDS_SECONDS = 3
 
 
 def add_train(commands: Commands) -> None:
@@ -23,11 +27,35 @@ def run_train(arguments: argparse.Namespace) -> int:
     from keysync_jax.train.config import TrainConfig
     from keysync_jax.train.config_file import load_config
 
-    if arguments.allow_download:
+    if arguments.allow_download and arguments.config is not None:
         config = load_config(arguments.config, arguments.overrides)
         if isinstance(config, TrainConfig):
             fetch_models(arguments, config.init.path, config.init.vae)
     return run(arguments, arguments.overrides)
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    import jax
+
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave_the_others(code: int) -> None:
+    """Ends a process of several at once where it fails, maybe alone, with its own exit code.
+
+    JAX's farewell waits for the others, which wait for this one within a step; then all abort, with a code
+    that asks for another start.
+    """
+    if "jax" not in sys.modules or not is_one_of_several():
+        return
+    import jax
+
+    from keysync_jax.train.watchdog import leave
+
+    # With process 0 the service ends that keeps all together, and the others may have something to say.
+    time.sleep(_LAST_WORDS_SECONDS if jax.process_index() == 0 else 0)
+    leave(code)
 
 
 def add_init(commands: Commands) -> None:

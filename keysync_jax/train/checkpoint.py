@@ -9,10 +9,13 @@ A batch is a function of (seed, step), so the step is all that resuming the data
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,18 +26,88 @@ from orbax.checkpoint import v1 as ocp
 
 from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError
-from keysync_jax.files import write_json
+from keysync_jax.files import is_remote, write_json
 from keysync_jax.train.config import AnyTrainConfig, CheckpointConfig, train_config_from
-from keysync_jax.train.hosts import decided
+from keysync_jax.train.hosts import HostsLostError, decided, is_loss
 from keysync_jax.train.inputs import PLACES, Inputs, check_inputs, read_inputs
 from keysync_jax.train.step import TrainState
 
 FORMAT = "keysync-run-1"
 
-MAY_CHANGE = ("steps", "log", "checkpoint", "mesh", "guidance", "data.workers", "init.kind", "init.path")
+MAY_CHANGE = (
+    "steps", "log", "watch", "profile", "checkpoint", "mesh", "guidance", "data.workers",
+    "init.kind", "init.path",
+)  # fmt: skip
 """Settings that an interrupted run may go on with in another value; none changes what a step computes."""
 
 _PARTIAL_SUFFIX = ".orbax-checkpoint-tmp"
+
+_MARKER = "commit_success.txt"
+"""What Orbax writes last into a checkpoint, in every mode since 0.12.3."""
+
+_CHUNK_BYTES = 16 << 20
+"""Pieces in which arrays are stored. Another mesh reads pieces of a shard; large ones hold too much else."""
+
+_GROUP_BYTES = 256 << 20
+"""Of arrays that are read together where not all are needed in memory."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a checkpoint, which numpy reads (`np.asarray`) each time it needs the numbers.
+
+    Attributes:
+      read: reads them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def astype(self, dtype: Any) -> "StoredArray":
+        """The array in another dtype, as lazy as this one."""
+        return StoredArray(self.shape, np.dtype(dtype), lambda: self.read().astype(dtype))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read() if dtype is None else self.read().astype(dtype)
+
+
+class _Reader:
+    """Reads arrays of a checkpoint in groups, as each call of Orbax takes 40 ms, and keeps the last group.
+
+    Args:
+      load: reads those that are wanted (part -> path -> empty array).
+    """
+
+    def __init__(self, load: Callable[[dict[str, Any]], dict[str, Any]]):
+        self._load = load
+        self._groups: list[list[tuple[str, str, Any]]] = []
+        self._bytes = _GROUP_BYTES
+        self._kept: tuple[int, dict[str, Any]] | None = None
+
+    def array(self, part: str, path: str, leaf: Any) -> StoredArray:
+        """One of the arrays; it joins the group of the one before while that has room."""
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if self._bytes + size > _GROUP_BYTES:
+            self._groups.append([])
+            self._bytes = 0
+        self._bytes += size
+        group = len(self._groups) - 1
+        self._groups[group].append((part, path, leaf))
+        return StoredArray(tuple(leaf.shape), np.dtype(leaf.dtype), lambda: self._read(group, part, path))
+
+    def _read(self, group: int, part: str, path: str) -> np.ndarray:
+        if self._kept is None or self._kept[0] != group:
+            self._kept = None  # Before the next one takes room.
+            wanted: dict[str, Any] = {}
+            for of, name, leaf in self._groups[group]:
+                wanted.setdefault(of, {})[name] = np.empty(leaf.shape, leaf.dtype)
+            self._kept = group, self._load(wanted)
+        return np.asarray(self._kept[1][part][path])
 
 
 class Checkpoints:
@@ -58,17 +131,18 @@ class Checkpoints:
             keep.append(policies.EveryNSteps(config.keep_every))
         # Its tracebacks come a second time as exceptions, which are told in a sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.folder = Path(folder).absolute()
+        self.folder = folder if is_remote(folder) else Path(folder).absolute()
         self._read_only = read_only
         self._remove_partial()
         try:
-            self._checkpointer = ocp.training.Checkpointer(
-                self.folder,
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-            )
+            with _context():
+                self._checkpointer = ocp.training.Checkpointer(
+                    self.folder,
+                    preservation_policy=policies.AnyPreservationPolicy(keep),
+                )
         except OSError as error:
             raise UserError(f"{folder}: cannot be used ({error.strerror or error})") from error
-        self._saving: tuple[int, Any] | None = None
+        self._saving: tuple[int, Any, Callable[[int, float], object]] | None = None
         self._latest: int | None = decided(lambda: max(saved_steps(self.folder), default=None))
 
     @property
@@ -76,8 +150,13 @@ class Checkpoints:
         """Step of the last complete checkpoint, the same in every process."""
         return self._latest
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(
+        self, state: TrainState, step: int, saved: Callable[[int, float], object] = lambda step, at: None
+    ) -> None:
         """Starts saving a checkpoint; a step that is there already is left as it is.
+
+        Args:
+          saved: is called with the step, and when it was complete (seconds since 1970), by `wait`.
 
         Raises:
           UserError: this save or the one before it failed; the last complete checkpoint stays.
@@ -86,10 +165,11 @@ class Checkpoints:
         if step == self._latest:
             return
         try:
-            response = self._checkpointer.save_async(step, _as_tree(state), force=True)
+            with _context():
+                response = self._checkpointer.save_async(step, _as_tree(state), force=True)
         except (OSError, ValueError) as error:
             raise self._failed(step, error) from error
-        self._saving = (step, response)
+        self._saving = (step, response, saved)
 
     def wait(self) -> None:
         """Waits until the save under way is complete.
@@ -99,13 +179,18 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        (step, response), self._saving = self._saving, None
+        (step, response, saved), self._saving = self._saving, None
         try:
             response.result()
         # tensorstore reports a full disk as ValueError, Orbax some failures as RuntimeError.
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(step, error) from error
         self._latest = step
+        try:
+            at = float((self.folder / str(step) / _MARKER).stat().st_mtime)
+        except (OSError, AttributeError):  # Removed already; objects have no such times.
+            at = time.time()
+        saved(step, at)
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The last checkpoint, bit for bit.
@@ -116,7 +201,7 @@ class Checkpoints:
         Raises:
           UserError: there is none, or it is damaged.
         """
-        return TrainState(**self._load(_as_tree(abstract), partial=False))
+        return TrainState(**self._load(_as_tree(abstract), some=False))
 
     def restore_weights(self, average: bool) -> tuple[int, dict[str, np.ndarray]]:
         """Step and parameters (trained and frozen, path -> fp32 array) of the last checkpoint.
@@ -138,8 +223,26 @@ class Checkpoints:
             for name in (trained, "frozen")
             if stored.get(name)
         }
-        loaded = self._load(wanted, partial=True)
+        loaded = self._load(wanted, some=True)
         return step, {**loaded[trained], **loaded.get("frozen", {})}
+
+    def stored_weights(self, average: bool) -> tuple[int, dict[str, "StoredArray"]]:
+        """As `restore_weights`, but arrays are read when their numbers are asked for, some at a time.
+
+        Raises:
+          UserError: as that; or later, where an array is damaged.
+        """
+        step = self._latest_or_raise()
+        stored = self._stored(step)
+        trained = "ema" if average else "params"
+        if not stored.get(trained):
+            raise UserError(f"{self.folder / str(step)}: the run kept no moving average (optimizer.ema is 0)")
+        reader = _Reader(lambda wanted: self._load(wanted, some=True))
+        return step, {
+            path: reader.array(part, path, leaf)
+            for part in (trained, "frozen")
+            for path, leaf in (stored.get(part) or {}).items()
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -147,11 +250,14 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Orbax would wait for processes that are gone.
+        lost = is_loss(error)
         try:
             if error is None:
                 self.wait()
         finally:
-            self._close()
+            if not lost:
+                self._close()
 
     def _close(self) -> None:
         """Ends Orbax's threads; they report a failed save once more, which has been told already."""
@@ -163,9 +269,9 @@ class Checkpoints:
 
     def _remove_partial(self) -> None:
         """Gives back the room of a save that did not end; one whose writers are still busy goes next time."""
-        if jax.process_index() == 0 and not self._read_only:
-            for partial in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
-                shutil.rmtree(partial, ignore_errors=True)
+        if jax.process_index() == 0 and not self._read_only and not is_remote(self.folder):
+            for left in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _latest_or_raise(self) -> int:
         step = self.latest
@@ -180,10 +286,10 @@ class Checkpoints:
         except Exception as error:
             raise self._damaged(step, error) from error
 
-    def _load(self, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
+    def _load(self, wanted: dict[str, Any], some: bool) -> dict[str, Any]:
         step = self._latest_or_raise()
         context = ocp.Context()
-        context.pytree.loading.partial_load = partial
+        context.pytree.loading.partial_load = some
         try:
             with context:
                 return dict(ocp.load(self.folder / str(step), wanted))
@@ -201,7 +307,11 @@ class Checkpoints:
             f"({_reason(error)}); remove this folder to {instead}"
         )
 
-    def _failed(self, step: int, error: Exception) -> UserError:
+    def _failed(self, step: int, error: Exception) -> Exception:
+        if is_loss(error):
+            return HostsLostError(
+                f"step {step} could not be saved, as hosts do not answer ({_reason(error)})"
+            )
         last = "no checkpoint" if self.latest is None else f"the checkpoint of step {self.latest}"
         return UserError(
             f"{self.folder}: step {step} could not be saved ({_reason(error)}); {last} is complete, "
@@ -211,7 +321,31 @@ class Checkpoints:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints on disk; Orbax's own list runs ahead of a failed save."""
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_complete(p)]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was committed.
+
+    Its name does not tell: on object stores, and on mounts of them, it is written under the name it will
+    have.
+    """
+    if (checkpoint / _MARKER).exists():
+        return True
+    # Of Orbax before 0.12.3, which renamed complete folders.
+    try:
+        written = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_bytes())
+        return bool(written["commit_timestamp_nsecs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    return context
 
 
 def settle_config(workdir: Path, config: AnyTrainConfig, inputs: Inputs | None = None) -> None:

@@ -186,15 +186,20 @@ class CheckpointConfig:
 
     Attributes:
       every: steps from one to the next.
+      minutes: a checkpoint is also saved at the first line of metrics (`log.every`) so long after the last
+        one; 0: by steps alone.
       keep: latest ones that are kept.
       keep_every: steps whose checkpoints are kept for good; 0: none.
     """
 
     every: int = 1000
+    minutes: float = 15.0
     keep: int = 3
     keep_every: int = 10_000
 
     def __post_init__(self) -> None:
+        if not self.minutes >= 0:
+            raise UserError(f"checkpoint.minutes must be 0 or more, not {self.minutes:g}")
         _at_least(1, {"checkpoint.every": self.every, "checkpoint.keep": self.keep})
         _at_least(0, {"checkpoint.keep_every": self.keep_every})
 
@@ -224,6 +229,44 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """What ends a run that hangs, so that it can be started again.
+
+    Attributes:
+      heartbeat: seconds without a sign of life of a process after which the others of a run on several hosts
+        end themselves.
+      stall: seconds without a step after which a process ends itself, or 20 median steps where these are
+        longer; from the first step on. 0: never.
+    """
+
+    heartbeat: int = 60
+    stall: float = 600.0
+
+    def __post_init__(self) -> None:
+        _at_least(1, {"watch.heartbeat": self.heartbeat})
+        if not self.stall >= 0:
+            raise UserError(f"watch.stall must be 0 or more, not {self.stall:g}")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Looks into a run's time, for XProf or TensorBoard.
+
+    Attributes:
+      port: where every process listens for a profiler; 0: nowhere. Processes of one host take the next ones.
+      steps: first and last step that process 0 traces into `WORKDIR/profile`; empty: none.
+    """
+
+    port: int = 0
+    steps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least(0, {"profile.port": self.port})
+        if self.steps and (len(self.steps) != 2 or not 1 <= self.steps[0] <= self.steps[1]):
+            raise UserError(f"profile.steps are a first and a last step, not {list(self.steps)}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run.
 
@@ -243,6 +286,8 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     batch_size: int = 32
     steps: int = 60_000
@@ -328,6 +373,8 @@ class VAETrainConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = field(default_factory=LogConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     batch_size: int = 16
     steps: int = 10_000
     seed: int = 0

@@ -3,21 +3,22 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from keysync_jax.config import ModelConfig, StageConfig, StageKind
 from keysync_jax.data.records import MANIFEST, Dataset
 from keysync_jax.errors import UserError
-from keysync_jax.files import check_new_folder
+from keysync_jax.files import check_new_folder, is_remote
 from keysync_jax.model import DTYPES, Model, components, open_model, save_model
 from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.checkpoint import Checkpoints, read_config
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.fits import check_fits
 from keysync_jax.train.inputs import read_inputs
+from keysync_jax.train.places import run_folder
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, Any]
+"""Path -> array: in memory, in a mapped file, or a `StoredArray`; they are written one by one."""
 
 
 def export(
@@ -43,20 +44,24 @@ def export(
     """
     output = Path(output)
     check_new_folder(output)
-    configs = _run_configs([Path(run) for run in runs])
+    configs = _run_configs([run_folder(run) for run in runs])
     rest = open_model(base)
     model = _model_config(rest, configs)
     provenance, trained = dict(rest.config.provenance), dict[str, Tensors]()
     for kind, (folder, config) in configs.items():
         _check_fits_base(folder, config, rest)
         step, trained[kind] = _weights(folder, config, average)
-        provenance[kind] = f"{folder.absolute().name} step {step}{' moving average' if average else ''}"
+        provenance[kind] = f"{_name(folder)} step {step}{' moving average' if average else ''}"
     names = components(model)
     model = dataclasses.replace(model, provenance={n: s for n, s in provenance.items() if n in names})
     untrained = {n: TensorFile(rest.folder / f"{n}.safetensors") for n in names if n not in trained}
     tensors: dict[str, Tensors] = {**untrained, **trained}
     save_model(output, model, {name: _rounded(part, dtype) for name, part in tensors.items()})
     return model
+
+
+def _name(folder: Path) -> str:
+    return folder.name if is_remote(folder) else folder.absolute().name
 
 
 def _rounded(tensors: Tensors, dtype: str) -> Tensors:
@@ -131,4 +136,4 @@ def _weights(folder: Path, config: TrainConfig, average: bool) -> tuple[int, Ten
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: the run has no checkpoint yet")
     with Checkpoints(folder / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
-        return checkpoints.restore_weights(average)
+        return checkpoints.stored_weights(average)

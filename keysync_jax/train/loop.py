@@ -3,6 +3,7 @@
 import logging
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -22,6 +23,7 @@ from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.model import model_folder, open_model
 from keysync_jax.nn.functional import Make, shapes
+from keysync_jax.train.attempt import Attempt
 from keysync_jax.train.autoencoder import FrameSamples, VAEStep, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
@@ -31,7 +33,9 @@ from keysync_jax.train.flops import step_flops, vae_step_flops
 from keysync_jax.train.hosts import decided
 from keysync_jax.train.inputs import Inputs, inputs_of
 from keysync_jax.train.logs import Logs
+from keysync_jax.train.places import Mirror, logs_folder, run_folder
 from keysync_jax.train.preview import Preview
+from keysync_jax.train.scatter import state_from_slices
 from keysync_jax.train.sharding import (
     AnyStep,
     Run,
@@ -61,39 +65,73 @@ class Outcome:
     signal: int | None = None
 
 
-def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Outcome:
+@dataclass(frozen=True)
+class Start:
+    """How a run's processes came together.
+
+    Attributes:
+      began, joined: when this process began and when all had met, seconds since 1970.
+      hosts: names of the processes' hosts, in their order.
+    """
+
+    began: float
+    joined: float
+    hosts: tuple[str, ...]
+
+
+def train(
+    config: AnyTrainConfig, workdir: str | Path, show: bool = True, start: Start | None = None
+) -> Outcome:
     """Trains one stage, or a VAE, from the beginning or from the last checkpoint in `workdir`.
 
     A batch and all noise are functions of (seed, step), and the state is restored bit for bit, so an
     interrupted run goes through the same losses as one that was not. SIGTERM and SIGINT let the step under
     way finish and save it. On several hosts every process calls this; SIGTERM to one stops them all at the
-    same step.
+    same step. A process that makes no step for too long (`config.watch`) ends itself with code 42.
 
     Args:
-      workdir: folder of the run; made where it is not there.
+      workdir: folder of the run; made where it is not there. Behind a URL (`gs://...`) are its checkpoints
+      and
+        config; the logs are local, and copied there.
       show: draw a progress bar on stderr (process 0 alone).
+      start: for the run's events.
 
     Raises:
       UserError: something that the config names cannot be used, does not fit the run in `workdir`, a loss
         is not finite, or a checkpoint cannot be saved or restored.
     """
-    workdir = Path(workdir)
+    workdir = run_folder(workdir)
+    start = start or Start(time.time(), time.time(), ())
+    first_process = jax.process_index() == 0
     mesh = make_mesh(config.mesh, config.batch_size)
     job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
     decided(lambda: settle_config(workdir, config, job.inputs))
+    mirror = Mirror(workdir, first_process)
     with ExitStack() as stack:
+        stack.callback(mirror.up)
         stack.enter_context(computing(config.dtype))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
-        start = checkpoints.latest or 0
-        if start >= config.steps:
-            return Outcome(start)
-        loader = load(config, job.samples, jax.process_index(), jax.process_count(), start)
+        done = checkpoints.latest or 0
+        if done >= config.steps:
+            return Outcome(done)
+        logs_to = logs_folder(workdir)
+        attempt = stack.enter_context(Attempt(config, logs_to, start.hosts))
+        attempt.events.add(
+            "start",
+            at=start.began,
+            processes=jax.process_count(),
+            devices=jax.device_count(),
+            hosts=list(dict.fromkeys(start.hosts)),
+        )
+        attempt.events.add("joined", at=start.joined)
+        loader = load(config, job.samples, jax.process_index(), jax.process_count(), done)
         batches = stack.enter_context(closing(loader))
         session = _Session(job, mesh, checkpoints)
         state = session.first_state()
-        logs = stack.enter_context(Logs(workdir, config, start, jax.process_index() == 0, show))
+        attempt.events.add("ready", step=done)
+        logs = stack.enter_context(Logs(logs_to, config, done, first_process, show))
         signals = stack.enter_context(StopSignals())
-        return session.steps(state, start, batches, logs, signals)
+        return session.steps(state, done, batches, logs, signals, attempt, mirror)
 
 
 class _Job(Protocol):
@@ -215,30 +253,57 @@ class _Session:
         """The last checkpoint's state, else the one before the first step."""
         if self.checkpoints.latest is not None:
             return self.checkpoints.restore(self.abstract)
-        return state_from(self.mesh, self.config, self.job.first_weights())
+        begin = state_from if jax.process_count() == 1 else state_from_slices
+        return begin(self.mesh, self.config, self.job.first_weights())
 
     def steps(
-        self, state: TrainState, start: int, batches: Iterator[Any], logs: Logs, signals: "StopSignals"
+        self,
+        state: TrainState,
+        start: int,
+        batches: Iterator[Any],
+        logs: Logs,
+        signals: "StopSignals",
+        attempt: Attempt,
+        mirror: Mirror,
     ) -> Outcome:
         """Steps until the last one or a signal; what was done last is saved."""
         config, meter = self.config, Meter(self.config, self.flops)
         for done in range(start + 1, config.steps + 1):
-            state, metrics = self.run(state, place_batch(self.mesh, next(batches)))
+            attempt.begins(done)
+            with attempt.spending("data"):
+                rows = next(batches)
+            with attempt.spending("place"):
+                batch = place_batch(self.mesh, rows)
+            with attempt.spending("dispatch"):
+                state, metrics = self.run(state, batch)
             self._check(meter.add(done, metrics))
+            if done == start + 1:
+                self._check(meter.finish())
+                attempt.first_step(done)
+            else:
+                attempt.step(done)
             stopped = signals.received(done)
-            last = stopped is not None or done == config.steps
+            last, due = stopped is not None or done == config.steps, False
             logs.advance()
             if last or done % config.log.every == 0:
                 self._check(meter.finish())
-                logs.metrics(done, meter.line())
+                waited, due = attempt.line(done)
+                logs.metrics(done, meter.line() | waited)
             if self.preview is not None and done % config.log.preview_every == 0:
-                self._show(self.preview, state, done, logs)
-            if last or done % config.checkpoint.every == 0:
+                with attempt.spending("preview"), attempt.watchdog.resting():
+                    self._show(self.preview, state, done, logs)
+            if last or due or done % config.checkpoint.every == 0:
                 self._check(meter.finish())
-                self.checkpoints.save(state, done)
+                with attempt.saving(done):
+                    self.checkpoints.save(
+                        state, done, lambda step, at: attempt.events.add("save_end", at, step=step)
+                    )
+                mirror.up()
             if stopped is not None:
+                attempt.stopped(signal.Signals(stopped).name)
                 break
-        self.checkpoints.wait()
+        with attempt.watchdog.resting():
+            self.checkpoints.wait()
         return Outcome(done, stopped)
 
     def _show(self, preview: Preview, state: TrainState, step: int, logs: Logs) -> None:
@@ -336,7 +401,10 @@ class Meter:
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once."""
+    """Notes SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once.
+
+    Outside the main thread, where Ray runs a loop, Python lets nobody handle signals, and nothing is noted.
+    """
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -352,7 +420,8 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         # Several processes must agree on the step; JAX's own handler of SIGTERM sees to that.
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
+        ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGINT) if ours else ():
             self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -24,9 +24,10 @@ from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
 from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.hosts import decided
 
 Weights = dict[str, np.ndarray]
-"""Parameters of a network, path -> fp32 array in host memory."""
+"""Parameters of a network, path -> float array in memory, or in a mapped file that is read later."""
 
 
 def first_weights(config: TrainConfig) -> Weights:
@@ -112,10 +113,12 @@ def stage_shapes(config: StageConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _from_keysync(config: StageConfig, folder: Path) -> Weights:
-    model = open_model(folder, only=[config.kind])
+    # Its hash is checked by one process for all: each would read the whole file.
+    decided(lambda: bool(open_model(folder, only=[config.kind])))
+    model = open_model(folder, only=())
     _check_same_sizes(to_dict(model.config.stage(config.kind)), to_dict(config), f"{folder}: {config.kind}")
     file = TensorFile(folder / f"{config.kind}.safetensors")
-    return {path: np.asarray(file[path], np.float32) for path in file}
+    return dict(file)
 
 
 def _check_same_sizes(found: dict[str, object], wanted: dict[str, object], where: str) -> None:

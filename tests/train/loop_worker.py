@@ -33,7 +33,8 @@ if __name__ == "__main__":
         lag()
         arguments = arguments[1:]
     process, processes, port, *rest = arguments
-    where = ["--coordinator", f"localhost:{port}", "--processes", processes, "--process", process]
-    code = main(["train", *rest, *where])
+    os.environ["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+    os.environ |= {"JAX_NUM_PROCESSES": processes, "JAX_PROCESS_ID": process}
+    code = main(["train", "--multihost", *rest])
     print(json.dumps({"code": code, "programs": _Compiles.count}), flush=True)
     sys.exit(code)

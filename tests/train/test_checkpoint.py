@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, onto another mesh, and whole or not at all."""
 
+import json
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ import optax
 import pytest
 
 from keysync_jax.errors import UserError
+from keysync_jax.train import checkpoint
 from keysync_jax.train.checkpoint import Checkpoints
 from keysync_jax.train.config import CheckpointConfig
 from keysync_jax.train.step import TrainState
@@ -203,3 +205,31 @@ def test_weights_alone(tmp_path: Path) -> None:
         checkpoints.wait()
         with pytest.raises(UserError, match="kept no moving average"):
             checkpoints.restore_weights(True)
+
+
+def test_arrays_are_stored_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another mesh reads pieces, not the shards of the mesh that saved.
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1024)
+    monkeypatch.setattr(checkpoint, "_GROUP_BYTES", 20_000)
+    write(tmp_path, 7)
+    stored = json.loads(next((tmp_path / "7").rglob("array_metadatas/process_0")).read_text())
+    shapes = {
+        entry["array_metadata"]["param_name"]: entry["array_metadata"]["chunk_shape"]
+        for entry in stored["array_metadatas"]
+    }
+    kernel = next(
+        shape for name, shape in shapes.items() if name.startswith("params.") and "0.kernel" in name
+    )
+    assert 4 * np.prod(kernel) <= 1024
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        assert same_bits(checkpoints.restore(abstract(state(0))), state(7))
+        step, arrays = checkpoints.stored_weights(average=True)
+    # Read one by one, when they are asked for, and after the checkpoints were left.
+    whole = {**state(7).ema, **state(7).frozen}
+    assert step == 7
+    assert {p: (x.shape, x.dtype) for p, x in arrays.items()} == {
+        p: (x.shape, x.dtype) for p, x in whole.items()
+    }
+    assert all(same_bits(np.asarray(x), whole[p]) for p, x in arrays.items())
+    half = arrays["unet.0.kernel"].astype(jnp.bfloat16)
+    assert same_bits(np.asarray(half), whole["unet.0.kernel"].astype(jnp.bfloat16))

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from keysync_jax.train.events import read_events
+from keysync_jax.train.watchdog import RESTART
 from tests.train.synthetic_dataset import write_dataset
 from tests.train.test_train_loop import lines, losses
 from tests.train.tiny_training import CPU_FLAGS
@@ -59,7 +61,14 @@ def test_two_processes_of_two_devices() -> None:
 class Pair:
     """`keysync train` as two processes of one device each."""
 
-    def __init__(self, dataset: Path, workdir: Path, *overrides: str, lagging: bool = False):
+    def __init__(
+        self,
+        dataset: Path,
+        workdir: Path,
+        *overrides: str,
+        lagging: bool = False,
+        second: tuple[str, ...] = (),
+    ):
         self.workdir, port = workdir, str(free_port())
         environment = os.environ | {"XLA_FLAGS": CPU_FLAGS, "JAX_PLATFORMS": "cpu"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -69,7 +78,7 @@ class Pair:
             subprocess.Popen(
                 [sys.executable, "-m", "tests.train.loop_worker"]
                 + ["--lagging"] * (lagging and process == 1)
-                + [str(process), "2", port, *run],
+                + [str(process), "2", port, *run, *(second if process == 1 else ())],
                 env=environment,
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
@@ -92,8 +101,12 @@ class Pair:
             for process in self.processes:
                 process.kill()
         errors = [err[-3000:] for _, err in outputs]
-        assert all(out for out, _ in outputs), errors
-        return [json.loads(out.splitlines()[-1]) for out, _ in outputs], errors
+        # What has failed ends at once, without a report.
+        codes = [process.returncode for process in self.processes]
+        found = zip(codes, outputs, strict=True)
+        return [
+            json.loads(out.splitlines()[-1]) if out else {"code": code} for code, (out, _) in found
+        ], errors
 
 
 def test_a_run_of_two_processes_stops_and_goes_on_as_one(tmp_path: Path) -> None:
@@ -107,6 +120,26 @@ def test_a_run_of_two_processes_stops_and_goes_on_as_one(tmp_path: Path) -> None
     assert 4 <= done < 1000
     assert all(f"stopped at step {done} of 1000, which is saved" in error for error in errors)
     assert str(done) in {path.name for path in (workdir / "checkpoints").iterdir()}
+
+    # All must be told the same; the one that was not is named.
+    reports, errors = Pair(dataset, workdir, second=("--config.log.every=7",)).end()
+    assert [report["code"] for report in reports] == [2, 2], errors
+    assert all("process 1 on " in e and "was given another --config than process 0" in e for e in errors)
+    assert "variables, process 1 of 2 on " in errors[1]
+    assert "1 of 2 devices (cpu), 1 slice" in errors[1]
+
+    # A host that is gone ends the others, with a code that asks for another start.
+    pair = Pair(dataset, workdir, "--config.steps=1000")
+    pair.wait_for_step(done + 2)
+    pair.processes[1].kill()
+    began = time.monotonic()
+    reports, errors = pair.end()
+    assert [report["code"] for report in reports] == [RESTART, -signal.SIGKILL], errors
+    assert "another process of the run, or the way to it, is gone" in errors[0]
+    assert time.monotonic() - began < 60
+    stops = [event["reason"] for event in read_events(workdir) if event["event"] == "stop"]
+    assert stops == ["SIGTERM", "another process was lost"]
+    done = len(lines(workdir))  # It may have saved some of these.
 
     # Process 1 sees no checkpoint; the first one tells it where to go on, and that a seed is another one.
     reports, errors = Pair(dataset, workdir, "--config.seed=5", lagging=True).end()
