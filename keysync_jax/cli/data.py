@@ -84,7 +84,8 @@ def _add_curation(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from keysync_jax.data.prepare import PrepareSettings, check, prepare
+    from keysync_jax.data.prepare import check, prepare
+    from keysync_jax.data.settings import PrepareSettings
 
     if arguments.check is not None:
         dataset = check(arguments.check, show_progress=True)
