@@ -15,6 +15,7 @@ from typing import Protocol
 
 from keysync_jax import __version__
 from keysync_jax.backend import computing
+from keysync_jax.data.division import PartOf, part_of
 from keysync_jax.data.from_precomputed import FromPrecomputed
 from keysync_jax.data.from_videos import FramesAlone, FromVideos
 from keysync_jax.data.parts import Done, Part, Skipped, Work, open_work, remove_work
@@ -75,32 +76,33 @@ def prepare(
     """
     source = Path(source) if isinstance(source, str) else source
     output, settings, phases = Path(output), settings or PrepareSettings(), Phases(show=show_progress)
-    clips = find_clips(source)
+    found = find_clips(source)
+    part, clips = (None, found) if settings.part is None else part_of(found, settings.part)
     if isinstance(model, str | Path):
         folder = model_folder(model, settings.allow_download)
         with phases.phase("checking", model_bytes(folder), "B") as advance:
             model = open_model(folder, advance)
-    maker: _Maker
+    maker: _Maker  # Made from all clips, so that the settings of all parts are the same.
     if is_reference_layout(source):
-        maker = FromPrecomputed(clips, settings, model)
+        maker = FromPrecomputed(found, settings, model)
     elif settings.crop is not None:
         if model is not None:
             raise UserError("prepare takes --crop, for frames alone, or --model, whose size the crop has")
-        maker = FramesAlone(clips, settings, settings.crop)
+        maker = FramesAlone(found, settings, settings.crop)
     elif model is None:
         raise UserError(
             "prepare needs a model directory, for its VAE and audio encoders (or --crop, for frames alone)"
         )
     else:
-        maker = FromVideos(clips, settings, model)
+        maker = FromVideos(found, settings, model)
     decided = False
     if not os.path.isfile(output / MANIFEST):  # Not Path.is_file, which fails in a folder without permission.
-        with _open_work(output, maker, settings) as work, computing(settings.dtype):
+        with _open_work(output, maker, settings, part) as work, computing(settings.dtype):
             decided = work.planned
             report = _make(clips, maker, work, phases)
         if not (decided and settings.retry_skipped):  # The skipped ones have just been tried otherwise.
             return report
-    return _complete(output, clips, maker, settings, phases)
+    return _complete(output, clips, part, maker, settings, phases)
 
 
 def check(dataset: str | Path, show_progress: bool = False) -> Dataset:
@@ -116,8 +118,17 @@ def check(dataset: str | Path, show_progress: bool = False) -> Dataset:
     return opened
 
 
-def _open_work(output: Path, maker: _Maker, settings: PrepareSettings) -> AbstractContextManager[Work]:
-    return open_work(output, maker.stored, settings.shard_mib * MIB, _code())
+def content_sha256(dataset: Dataset, show_progress: bool = False) -> str:
+    """`Dataset.content_sha256`, with its progress."""
+    total = sum(shard.bytes for shard in dataset.manifest.shards)
+    with Phases(show=show_progress).phase("reading", total, "B") as advance:
+        return dataset.content_sha256(advance)
+
+
+def _open_work(
+    output: Path, maker: _Maker, settings: PrepareSettings, part: PartOf | None
+) -> AbstractContextManager[Work]:
+    return open_work(output, maker.stored, settings.shard_mib * MIB, _code(), part)
 
 
 def _code() -> str:
@@ -131,9 +142,9 @@ def _make(clips: Sequence[Clip], maker: _Maker, work: Work, phases: Phases) -> P
         done, skipped = work.plan(clips)
     else:
         done, skipped = _make_parts(clips, maker, work, phases)
-        if done:
+        if done or _may_be_empty(work):
             work.decide(done, skipped)
-    if done:
+    if done or _may_be_empty(work):
         return _finish(done, skipped, work, phases)
     work.discard()
     if work.before is None:
@@ -141,6 +152,11 @@ def _make(clips: Sequence[Clip], maker: _Maker, work: Work, phases: Phases) -> P
     report = PrepareReport.of(work.before, skipped)
     report.save(work.output)
     return report
+
+
+def _may_be_empty(work: Work) -> bool:
+    """One of many parts may have no clip, or none that can be used."""
+    return work.part is not None and work.before is None
 
 
 def _make_parts(
@@ -183,11 +199,17 @@ def _finish(done: list[Done], skipped: Skipped, work: Work, phases: Phases) -> P
 
 
 def _complete(
-    output: Path, clips: Sequence[Clip], maker: _Maker, settings: PrepareSettings, phases: Phases
+    output: Path,
+    clips: Sequence[Clip],
+    part: PartOf | None,
+    maker: _Maker,
+    settings: PrepareSettings,
+    phases: Phases,
 ) -> PrepareReport:
     """The report of a complete dataset that the same call made, after another try of the skipped if asked."""
     manifest = Manifest.load(output)
     report = read_report(output, manifest)
+    _check_part(output, manifest, part)
     check_same(output, manifest, report.skipped, maker.stored, clips, phases)
     skipped = {source for source, _ in report.skipped}
     if not (settings.retry_skipped and skipped):
@@ -197,5 +219,20 @@ def _complete(
         raise UserError(
             f"{output}: is of the format {manifest.format}, to which no clips are added; prepare it anew"
         )
-    with _open_work(output, maker, settings) as work, computing(settings.dtype):
+    with _open_work(output, maker, settings, part) as work, computing(settings.dtype):
         return _make([clip for clip in clips if clip.source in skipped], maker, work, phases)
+
+
+def _check_part(output: Path, manifest: Manifest, part: PartOf | None) -> None:
+    """Refuses a call for another part than the complete dataset is.
+
+    Raises:
+      UserError: it is another one, or one of other clips.
+    """
+    held = manifest.part
+    if held == part:
+        return
+    if held is not None and part is not None and str(held) == str(part):
+        raise UserError(f"{output}: is part {part} of another list of clips; give a name for a new folder")
+    is_, wanted = ("the whole dataset" if p is None else f"part {p}" for p in (held, part))
+    raise UserError(f"{output}: is {is_}, not {wanted}; give each part a folder of its own")

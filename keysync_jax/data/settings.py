@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keysync_jax.config import Dtype, EncoderKind
+from keysync_jax.data.division import check_part
 from keysync_jax.data.records import LatentKind
 from keysync_jax.errors import UserError
 from keysync_jax.media.detectors import DETECTORS
@@ -29,6 +30,8 @@ class PrepareSettings:
       crop: side of the crop of a dataset for training a VAE: frames and landmarks alone, without a model.
       retry_skipped: try the clips again that an earlier call skipped. In a complete dataset those that can be
         used now lie behind the others, in shards of their own.
+      part: (number, count): of all clips those of one part, by the hash of their names; numbers begin with 0.
+        Each part is a dataset of its own, in a folder of its own; `join.join` makes one of them.
     """
 
     encoders: tuple[EncoderKind, ...] = ()
@@ -43,6 +46,7 @@ class PrepareSettings:
     shard_mib: int = 512
     crop: int | None = None
     retry_skipped: bool = False
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for semitones in self.pitch:
@@ -61,5 +65,7 @@ class PrepareSettings:
             raise UserError(f"the number of workers is 0 or more, not {self.workers}")
         if self.crop is not None and self.crop < 16:
             raise UserError(f"a crop has a side of 16 pixels or more, not {self.crop}")
+        if self.part is not None:
+            check_part(self.part)
         if self.shard_mib < 1:
             raise UserError(f"a shard holds at least 1 MiB, not {self.shard_mib}")
