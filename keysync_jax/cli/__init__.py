@@ -20,7 +20,8 @@ from keysync_jax.files import FULL_DISK
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
-    0: done. 1: a check did not hold (`parity`, `synth-eval`). 2: something the user gave cannot be used, or
+    0: done. 1: a check did not hold (`parity`, `synth-eval`), or of
+    many dubs (`dub --pairs`) some could not be made. 2: something the user gave cannot be used, or
     the machine failed, said in one sentence on stderr. 130: interrupted. 128 + n: stopped by signal n.
     """
     given = list(sys.argv[1:] if argv is None else argv)

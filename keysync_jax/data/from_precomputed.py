@@ -11,11 +11,12 @@ from keysync_jax.data.faces import attempt
 from keysync_jax.data.from_videos import SHORTEST
 from keysync_jax.data.parts import Part, Work, write_part
 from keysync_jax.data.precomputed import feature_dims, latents_of, read_pixels, read_precomputed
-from keysync_jax.data.records import ClipInfo, EncoderInfo, Settings, audio_name, encode_frame, runs_without
+from keysync_jax.data.records import ClipInfo, EncoderInfo, Settings, audio_name, encode_frame
 from keysync_jax.data.settings import PrepareSettings
 from keysync_jax.data.sources import EMBEDDINGS, Clip, has_latents, stat_all, states_of
 from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.files import fingerprint
+from keysync_jax.media.landmarks import runs_without
 from keysync_jax.model import Model
 
 _OF_VIDEOS = ("landmarks", "landmark_model", "allow_download", "latents", "seed", "dtype", "workers", "crop")

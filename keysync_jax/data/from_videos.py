@@ -12,12 +12,13 @@ import numpy as np
 from keysync_jax.config import EncoderKind, encoder_name, to_dict
 from keysync_jax.data.faces import Faces, Task, cut_all, read_crops
 from keysync_jax.data.parts import Part, Work, key_of, write_part
-from keysync_jax.data.records import ClipInfo, EncoderInfo, Settings, audio_name, encode_frame, runs_without
+from keysync_jax.data.records import ClipInfo, EncoderInfo, Settings, audio_name, encode_frame
 from keysync_jax.data.settings import PrepareSettings
 from keysync_jax.data.sources import Clip
 from keysync_jax.errors import UserError
 from keysync_jax.files import fingerprint
 from keysync_jax.media.detectors import detector_identity, make_detector
+from keysync_jax.media.landmarks import runs_without
 from keysync_jax.media.pitch import shifted
 from keysync_jax.model import Model, Network
 from keysync_jax.pipeline.features import audio_features

@@ -199,15 +199,14 @@ class Manifest:
         if found not in (FORMAT, UNGROUPED):
             raise UserError(f"{path}: has the format {found!r}, not {FORMAT!r}; prepare the dataset anew")
         manifest = from_dict(cls, content, str(path))
-        for folder in manifest.joined:
-            if Path(folder).is_absolute():
+        for part in manifest.joined:
+            if Path(part).is_absolute():
                 raise UserError(
-                    f"{path}: names the folder {folder!r} of a part, which is not relative to this one"
+                    f"{path}: names the folder {part!r} of a part, which is not relative to this one"
                 )
         for shard in manifest.shards:
-            folder, slash, name = shard.file.rpartition("/")
-            known = folder in manifest.joined if slash else True
-            if name in ("", "..") or not known:
+            part, slash, name = shard.file.rpartition("/")
+            if name in ("", "..") or (slash and part not in manifest.joined):
                 raise UserError(f"{path}: names the shard {shard.file!r}, which is no file of this folder")
         return manifest
 
@@ -233,12 +232,6 @@ def audio_name(kind: EncoderKind, semitones: float = 0.0) -> str:
     """Name in a record of an encoder's features, of the voice itself or shifted by `semitones`."""
     shift = f"_pitch{semitones:+}".removesuffix(".0") if semitones else ""
     return f"audio_{kind}{shift}"
-
-
-def runs_without(present: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Stretches (first, count) where a bool `[T]` is false."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[True], present, [True]])))
-    return tuple((int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
 def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -6,7 +6,7 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, ModelConfig, StageKind
+from keysync_jax.config import Dtype, ModelConfig, StageKind, to_dict
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
 from keysync_jax.media.composite import paste
 from keysync_jax.media.crop import crop_frame
 from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
-from keysync_jax.media.landmarks import bridge, load_landmarks, save_landmarks
+from keysync_jax.media.landmarks import bridge, load_landmarks, runs_without, save_landmarks
 from keysync_jax.media.occlusion import Occluder
 from keysync_jax.media.playback import pingpong_frames
 from keysync_jax.media.video import read_frames
@@ -38,6 +38,7 @@ from keysync_jax.pipeline.latents import decode_frames, encode_frames
 from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.pipeline.programs import Compiling, programs
+from keysync_jax.pipeline.report import DubReport, warned
 from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
 from keysync_jax.pipeline.windows import FRAMES, merge_windows
@@ -104,16 +105,6 @@ class DubSettings:
         return self.dtype or ("fp32" if jax.default_backend() == "cpu" else "bf16")
 
 
-@dataclass(frozen=True)
-class DubReport:
-    """What `dub` did; `phases.table()` has time and memory."""
-
-    output: Path
-    frames: int
-    frames_without_face: int
-    phases: Phases = field(compare=False)
-
-
 def dub(
     video: str | Path,
     voice: str | Path,
@@ -138,8 +129,16 @@ def dub(
     Raises:
       UserError: an input cannot be used; nothing was written.
     """
-    settings, video, voice, output = settings or DubSettings(), Path(video), Path(voice), Path(output)
-    phases, devices = Phases(show=show_progress), local_devices(settings.devices)
+    with warned() as warnings:
+        phases = Phases(show=show_progress)
+        made = _dub(Path(video), Path(voice), Path(output), model, settings or DubSettings(), phases)
+    return replace(made, warnings=tuple(warnings))
+
+
+def _dub(
+    video: Path, voice: Path, output: Path, model: str | Path | Model, settings: DubSettings, phases: Phases
+) -> DubReport:
+    devices = local_devices(settings.devices)
     check_writable(output)
     for source_file in (video, voice):
         if output.resolve() == source_file.resolve():
@@ -162,8 +161,9 @@ def dub(
     sizes = batches(settings.memory, model.config, dtype, settings.windows_per_call)
     sampling = sampling_of(model.config, settings, devices, sizes)
     identities = model.config.keyframe.frames if identity.name == CURRENT else 1
+    made_from = _fingerprint(source, model, settings, sampling, identity)
     with (
-        Workspace(output, _fingerprint(source, model, settings, sampling, identity)) as work,
+        Workspace(output, made_from) as work,
         computing(dtype),
         Compiling(
             programs(model.config, dtype, sampling, sizes.frames, source.plan, identities),
@@ -180,7 +180,14 @@ def dub(
         )
         report = run.to(output)
         work.remove()
-    return report
+    return replace(report, made_from=made_from, settings=_plain(settings))
+
+
+def _plain(settings: DubSettings) -> dict[str, object]:
+    """The settings in JSON's types."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in to_dict(settings).items()
+    }
 
 
 def sampling_of(config: ModelConfig, settings: DubSettings, devices: Devices, sizes: Batches) -> Sampling:
@@ -297,8 +304,9 @@ class _Run:
         if self.settings.memory == "small":
             windows, device = self._interpolate(windows, device), Clock()
         self._compose(windows, output, device)
-        absent = int((~self.geometry.present[self.source.shown[: self.source.frames]]).sum())
-        return DubReport(output, self.source.frames, absent, self.phases)
+        present = self.geometry.present[self.source.shown[: self.source.frames]]
+        absent = int((~present).sum())
+        return DubReport(output, self.source.frames, absent, self.phases, runs_without(present))
 
     def _latents(self, name: str, rows: int, *inner: int) -> ResumableArray:
         size, channels = self.model.config.keyframe.latent_size, self.model.config.vae.latent_channels
