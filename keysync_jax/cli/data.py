@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, keep_compiled_programs
+from keysync_jax.cli.common import Commands, add_devices, keep_compiled_programs
 from keysync_jax.errors import UserError
 
 
@@ -64,6 +64,7 @@ def add_prepare(commands: Commands) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
     )
+    add_devices(parser)
     parser.add_argument(
         "--retry-skipped", action="store_true", help="try the clips again that an earlier call skipped"
     )
@@ -133,6 +134,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=arguments.dtype,
         workers=arguments.workers,
+        devices=arguments.devices,
         crop=arguments.crop,
         retry_skipped=arguments.retry_skipped,
         part=None if arguments.part is None else parse_part(arguments.part),

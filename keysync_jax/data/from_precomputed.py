@@ -19,7 +19,17 @@ from keysync_jax.files import fingerprint
 from keysync_jax.media.landmarks import runs_without
 from keysync_jax.model import Model
 
-_OF_VIDEOS = ("landmarks", "landmark_model", "allow_download", "latents", "seed", "dtype", "workers", "crop")
+_OF_VIDEOS = (
+    "landmarks",
+    "landmark_model",
+    "allow_download",
+    "latents",
+    "seed",
+    "dtype",
+    "workers",
+    "devices",
+    "crop",
+)
 
 
 class FromPrecomputed:

@@ -1,10 +1,11 @@
 """A dataset's records from videos: what workers cut (`faces`), with latents and sound encoded here."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import tee
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -21,9 +22,15 @@ from keysync_jax.media.detectors import detector_identity, make_detector
 from keysync_jax.media.landmarks import runs_without
 from keysync_jax.media.pitch import shifted
 from keysync_jax.model import Model, Network
+from keysync_jax.pipeline.devices import local_devices
 from keysync_jax.pipeline.features import audio_features
+from keysync_jax.pipeline.flow import spread
 from keysync_jax.pipeline.latents import encode_posterior
+from keysync_jax.pipeline.memory import batches
 from keysync_jax.typing import Params
+
+COMPRESSING = 4
+"""Threads that compress pictures, each a frame."""
 
 SHORTEST = 14
 """Frames of the shortest sample: T in a row."""
@@ -38,33 +45,39 @@ class Videos:
         self.settings = settings
 
     def make(self, clips: Sequence[Clip], work: Work) -> Generator[tuple[Clip, Part | str]]:
-        tasks = [
-            Task(
-                clip,
-                work.crops / key_of(clip.name),
-                self.stored.crop_size,
-                SHORTEST,
-                self.settings.landmarks,
-                self.settings.landmark_model,
-            )
-            for clip in clips
-        ]
+        tasks = [self.task(clip, work.crops) for clip in clips]
         with closing(cut_all(tasks, self.settings.workers)) as results:
             for task, faces in results:
-                try:
+                if isinstance(faces, str):
+                    yield task.clip, faces
+                else:
                     # An error here, of the device or the disk, is not the clip's fault and ends the run.
-                    yield task.clip, faces if isinstance(faces, str) else self._part(task, faces, work)
-                finally:
-                    task.crops.unlink(missing_ok=True)
+                    crops = read_crops(faces, task.size)
+                    yield task.clip, self.part(task.clip, faces, crops, work.records(task.clip))
 
-    def _part(self, task: Task, faces: Faces, work: Work) -> Part:
-        clip, frames = task.clip, len(faces.present)
-        gaps = runs_without(faces.present)
+    def task(self, clip: Clip, folder: Path) -> Task:
+        """What a worker is to do for a clip; its crops may lie in the folder."""
+        return Task(
+            clip,
+            folder / key_of(clip.name),
+            self.stored.crop_size,
+            SHORTEST,
+            self.settings.landmarks,
+            self.settings.landmark_model,
+        )
+
+    def part(self, clip: Clip, faces: Faces, crops: Iterable[np.ndarray], path: Path) -> Part:
+        """Writes the part file of a clip, which appears whole or not at all.
+
+        Args:
+          crops: uint8 `[S, S, 3]` of every frame.
+        """
+        frames, gaps = len(faces.present), runs_without(faces.present)
         info = ClipInfo(clip.name, clip.source, faces.files[0].sha256, frames, 0, 0, gaps)
-        part = write_part(work.records(clip), info, self._records(task, faces), self.stored)
+        part = write_part(path, info, self._records(faces, crops), self.stored)
         return replace(part, files=faces.files)
 
-    def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
+    def _records(self, faces: Faces, crops: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of every frame."""
         raise NotImplementedError
 
@@ -88,9 +101,10 @@ class FramesAlone(Videos):
             landmark_model=_try_detector(clips, settings),
         )
 
-    def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
-        for points, crop in zip(faces.landmarks, read_crops(task.crops), strict=True):
-            yield {"landmarks": points, "frame": encode_frame(crop)}
+    def _records(self, faces: Faces, crops: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        pictures = spread(encode_frame, crops, COMPRESSING)
+        for points, picture in zip(faces.landmarks, pictures, strict=True):
+            yield {"landmarks": points, "frame": picture}
 
 
 class FromVideos(Videos):
@@ -132,10 +146,15 @@ class FromVideos(Videos):
         return self.model.load("vae", self.settings.dtype)
 
     @cached_property
+    def _frames_at_once(self) -> int:
+        """Of a call of the VAE on each device; the same for all clips, whatever memory is free by then."""
+        return batches("balanced", self.model.config, self.settings.dtype).frames
+
+    @cached_property
     def _encoders(self) -> dict[EncoderKind, Params]:
         return {kind: self.model.load_encoder(kind) for kind in self.stored.encoders}
 
-    def _records(self, task: Task, faces: Faces) -> Iterator[dict[str, np.ndarray]]:
+    def _records(self, faces: Faces, crops: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         config, frames = self.model.config, len(faces.present)
         voices = {0.0: faces.wave} | {shift: shifted(faces.wave, shift) for shift in self.stored.pitch}
         features = {
@@ -143,16 +162,18 @@ class FromVideos(Videos):
             for kind, params in self._encoders.items()
             for shift, wave in voices.items()
         }
-        crops, pixels = tee(read_crops(task.crops))
-        latents = self._latents(crops, faces.files[0].sha256)
-        for i, (crop, latent) in enumerate(zip(pixels, latents, strict=True)):
+        encoded, shown = tee(crops)
+        latents = self._latents(encoded, faces.files[0].sha256)
+        pictures = spread(encode_frame, shown, COMPRESSING)
+        for i, (latent, picture) in enumerate(zip(latents, pictures, strict=True)):
             audio = {name: vectors[i] for name, vectors in features.items()}
-            yield {**latent, "landmarks": faces.landmarks[i], **audio, "frame": encode_frame(crop)}
+            yield {**latent, "landmarks": faces.landmarks[i], **audio, "frame": picture}
 
     def _latents(self, crops: Iterator[np.ndarray], sha256: str) -> Iterator[dict[str, np.ndarray]]:
         """What is stored of each frame's posterior."""
         rng = np.random.default_rng([self.settings.seed, int(sha256[:16], 16)])
-        for posterior in encode_posterior(self._vae, crops):
+        devices = local_devices(self.settings.devices)
+        for posterior in encode_posterior(self._vae, crops, self._frames_at_once, devices):
             for mean, logvar in zip(posterior.mean, posterior.logvar, strict=True):
                 if self.stored.latents == "posterior":
                     yield {"mean": mean.astype(np.float16), "logvar": logvar.astype(np.float16)}

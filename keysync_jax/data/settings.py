@@ -10,6 +10,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.media.detectors import DETECTORS
 from keysync_jax.media.pitch import check_semitones
 from keysync_jax.model import DTYPES
+from keysync_jax.pipeline.devices import check_count
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class PrepareSettings:
       latents: store the posterior, from which training samples anew, or one sample of it.
       seed: of stored samples.
       dtype: "fp32", "tf32" or "bf16", of the VAE's computation; audio features are fp32.
+      devices: of this host that encode; all of them where None. The dataset does not depend on it beyond
+        rounding.
       workers: processes that decode and look for faces; 0: this one. The dataset does not depend on it.
       shard_mib: size at which a shard is full; a clip is never split.
       crop: side of the crop of a dataset for training a VAE: frames and landmarks alone, without a model.
@@ -43,6 +46,7 @@ class PrepareSettings:
     seed: int = 0
     dtype: Dtype = "fp32"
     workers: int = 0
+    devices: int | None = None
     shard_mib: int = 512
     crop: int | None = None
     retry_skipped: bool = False
@@ -61,6 +65,7 @@ class PrepareSettings:
             raise UserError(f"the dtype is one of {', '.join(DTYPES)}, not {self.dtype}")
         if self.seed < 0:
             raise UserError(f"the seed is 0 or more, not {self.seed}")
+        check_count(self.devices)
         if self.workers < 0:
             raise UserError(f"the number of workers is 0 or more, not {self.workers}")
         if self.crop is not None and self.crop < 16:

@@ -1,18 +1,19 @@
 """Many dubs in one run: what a list may say, one bad pair among good ones, and what is not made again."""
 
+import hashlib
 import json
 import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
 from keysync_jax.cli import main
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
+from keysync_jax.media.writer import VideoWriter
 from keysync_jax.model import DEFAULT, Model, open_model
 from keysync_jax.pipeline import pairs as pairs_module
 from keysync_jax.pipeline.dub import DubSettings, dub
@@ -135,7 +136,15 @@ def test_a_bad_pair_is_told_and_the_rest_done_once(
         loads.append(component)
         return load(model, component, dtype)
 
+    frames: list[str] = []
+    write = VideoWriter.write
+
+    def kept(writer: VideoWriter, frame: np.ndarray) -> None:
+        frames.append(hashlib.sha256(frame.tobytes()).hexdigest())
+        write(writer, frame)
+
     monkeypatch.setattr(Model, "load", counted)
+    monkeypatch.setattr(VideoWriter, "write", kept)
     command = ["dub", "--pairs", str(listed), "-o", str(dubs), "--model", str(DEFAULT)]
     assert main(command) == 1
     printed = capsys.readouterr().out
@@ -155,10 +164,12 @@ def test_a_bad_pair_is_told_and_the_rest_done_once(
     assert sum(phase["compiled"] for phase in later["phases"]) == 0  # The programs are those of the first.
 
     # Alone it is the same dub.
-    monkeypatch.undo()
+    first = frames[:15]
+    frames.clear()
     settings = DubSettings(landmarks=str(clip / "landmarks.npy"))
     dub(clip / "video.mp4", clip / "voice.wav", tmp_path / "alone.mp4", DEFAULT, settings)
-    assert pixels(tmp_path / "alone.mp4") == pixels(dubs / "one.mp4")
+    assert frames == first
+    monkeypatch.undo()
 
     # The bad one is repaired, one is altered, one stays.
     shutil.copy(clip / "voice.wav", tmp_path / "clip/nothing.wav")
@@ -169,11 +180,6 @@ def test_a_bad_pair_is_told_and_the_rest_done_once(
     assert (dubs / "one.mp4").stat().st_mtime_ns == before
     assert main([*command, "--seed", "1", "--quality", "30"]) == 0
     assert "3 dubbed, 0 were there" in capsys.readouterr().out
-
-
-def pixels(path: Path) -> bytes:
-    with av.open(str(path)) as container:
-        return b"".join(f.to_ndarray(format="rgb24").tobytes() for f in container.decode(video=0))
 
 
 def fake(request: str = "r") -> Model:
