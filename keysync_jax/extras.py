@@ -21,6 +21,7 @@ EXTRAS: Mapping[str, str] = {
     "orbax": "train",
     "PIL": "metrics",
     "pyiqa": "metrics-noncommercial",
+    "ray": "ray",
     "tensorboardX": "train",
     "torch": "convert",
     "torch_fidelity": "metrics",

@@ -1,9 +1,10 @@
 """Subcommands that make clips and datasets: prepare, synth."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, add_devices, keep_compiled_programs
+from keysync_jax.cli.common import Commands, add_devices, add_ray, keep_compiled_programs
 from keysync_jax.errors import UserError
 
 
@@ -65,6 +66,7 @@ def add_prepare(commands: Commands) -> None:
         "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
     )
     add_devices(parser)
+    add_ray(parser)
     parser.add_argument(
         "--retry-skipped", action="store_true", help="try the clips again that an earlier call skipped"
     )
@@ -139,7 +141,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
         retry_skipped=arguments.retry_skipped,
         part=None if arguments.part is None else parse_part(arguments.part),
     )
-    print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())
+    elsewhere = None
+    if arguments.ray is not None:
+        from keysync_jax.launch.ray_prepare import OnRay
+
+        elsewhere = partial(OnRay, address=arguments.ray)
+    done = prepare(source, arguments.output, arguments.model, settings, True, elsewhere)
+    print(done.table())
     return 0
 
 

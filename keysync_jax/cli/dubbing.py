@@ -8,6 +8,7 @@ from keysync_jax.cli.common import (
     Commands,
     add_allow_download,
     add_devices,
+    add_ray,
     fetch_models,
     keep_compiled_programs,
 )
@@ -77,6 +78,7 @@ def add_dub(commands: Commands) -> None:
         "--quality", type=int, default=16, metavar="CRF", help="0 (lossless) to 51 (default 16)"
     )
     _add_speed(parser)
+    add_ray(parser)
     less = "try --memory small, --dtype bf16, or fewer --windows-per-call"
     parser.set_defaults(run=_dub, resumable=True, less_memory=less)
 
@@ -143,6 +145,8 @@ def _dub(arguments: argparse.Namespace) -> int:
         raise UserError("dub takes VIDEO and AUDIO, or --pairs FILE.csv")
     if arguments.pairs is not None and (arguments.video is not None or arguments.report is not None):
         raise UserError("dub --pairs takes no VIDEO, AUDIO or --report; every pair has its report beside it")
+    if arguments.ray is not None and arguments.pairs is None:
+        raise UserError("dub --ray is for many dubs; give --pairs FILE.csv")
     keep_compiled_programs()
     from keysync_jax.pipeline.dub import DubSettings
 
@@ -196,6 +200,11 @@ def _dub_many(arguments: argparse.Namespace, settings: "DubSettings") -> int:
 
     pairs = read_pairs(arguments.pairs, arguments.output, settings)
     model = open_model(model_folder(arguments.model, arguments.allow_download))
-    report = dub_pairs(pairs, arguments.output, model, show_progress=True)
+    made = None
+    if arguments.ray is not None:
+        from keysync_jax.launch.ray_dub import on_ray
+
+        made = on_ray(model.folder, arguments.ray)
+    report = dub_pairs(pairs, arguments.output, model, show_progress=True, made=made)
     print(report.table())
     return 1 if report.failed else 0

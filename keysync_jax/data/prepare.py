@@ -7,7 +7,7 @@ names, and the manifest is written last.
 """
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ CODE = ("config", "data", "media", "model", "nn", "pipeline", "tensorfile")
 """Modules and packages of keysync_jax that a part is made by."""
 
 
-class _Maker(Protocol):
+class Maker(Protocol):
     """Makes the records of clips.
 
     Attributes:
@@ -44,7 +44,7 @@ class _Maker(Protocol):
     stored: Settings
 
     def make(self, clips: Sequence[Clip], work: Work) -> Generator[tuple[Clip, Part | str]]:
-        """A part, or the reason why there is none, for every clip in order."""
+        """A part, or the reason why there is none, for every clip; in any order."""
         ...
 
 
@@ -54,6 +54,7 @@ def prepare(
     model: str | Path | Model | None = None,
     settings: PrepareSettings | None = None,
     show_progress: bool = False,
+    elsewhere: Callable[[Maker], Maker] | None = None,
 ) -> PrepareReport:
     """Prepares a dataset for training.
 
@@ -68,6 +69,7 @@ def prepare(
       output: folder of the dataset.
       model: a model directory, or one on the hub (`model.model_folder`), for its VAE and audio encoders;
         precomputed latents need none.
+      elsewhere: makes of what works here what works on other machines (`launch.ray_prepare.OnRay`).
 
     Raises:
       UserError: an argument cannot be used, or not one clip can; the dataset is complete, and of other clips,
@@ -82,7 +84,7 @@ def prepare(
         folder = model_folder(model, settings.allow_download)
         with phases.phase("checking", model_bytes(folder), "B") as advance:
             model = open_model(folder, advance)
-    maker: _Maker  # Made from all clips, so that the settings of all parts are the same.
+    maker: Maker  # Made from all clips, so that the settings of all parts are the same.
     if is_reference_layout(source):
         maker = FromPrecomputed(found, settings, model)
     elif settings.crop is not None:
@@ -95,6 +97,8 @@ def prepare(
         )
     else:
         maker = FromVideos(found, settings, model)
+    if elsewhere is not None:
+        maker = elsewhere(maker)
     decided = False
     if not os.path.isfile(output / MANIFEST):  # Not Path.is_file, which fails in a folder without permission.
         with _open_work(output, maker, settings, part) as work, computing(settings.dtype):
@@ -126,7 +130,7 @@ def content_sha256(dataset: Dataset, show_progress: bool = False) -> str:
 
 
 def _open_work(
-    output: Path, maker: _Maker, settings: PrepareSettings, part: PartOf | None
+    output: Path, maker: Maker, settings: PrepareSettings, part: PartOf | None
 ) -> AbstractContextManager[Work]:
     return open_work(output, maker.stored, settings.shard_mib * MIB, _code(), part)
 
@@ -136,7 +140,7 @@ def _code() -> str:
     return f"{__version__} {code_digest(*CODE)}"
 
 
-def _make(clips: Sequence[Clip], maker: _Maker, work: Work, phases: Phases) -> PrepareReport:
+def _make(clips: Sequence[Clip], maker: Maker, work: Work, phases: Phases) -> PrepareReport:
     """A new dataset, or a further piece of a complete one."""
     if work.planned:
         done, skipped = work.plan(clips)
@@ -160,7 +164,7 @@ def _may_be_empty(work: Work) -> bool:
 
 
 def _make_parts(
-    clips: Sequence[Clip], maker: _Maker, work: Work, phases: Phases
+    clips: Sequence[Clip], maker: Maker, work: Work, phases: Phases
 ) -> tuple[list[Done], Skipped]:
     """Parts of all clips, those of an earlier run included, and the clips that were skipped."""
     parts = {clip.name: part for clip in clips if (part := work.find(clip)) is not None}
@@ -202,7 +206,7 @@ def _complete(
     output: Path,
     clips: Sequence[Clip],
     part: PartOf | None,
-    maker: _Maker,
+    maker: Maker,
     settings: PrepareSettings,
     phases: Phases,
 ) -> PrepareReport:
