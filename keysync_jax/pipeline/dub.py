@@ -36,7 +36,7 @@ from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_featur
 from keysync_jax.pipeline.identity import CURRENT, Chosen, Identity
 from keysync_jax.pipeline.latents import decode_frames, encode_frames
 from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
-from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.phases import Phases, Told
 from keysync_jax.pipeline.programs import Compiling, programs
 from keysync_jax.pipeline.report import DubReport, warned
 from keysync_jax.pipeline.sampling import guidance_of
@@ -112,6 +112,7 @@ def dub(
     model: str | Path | Model,
     settings: DubSettings | None = None,
     show_progress: bool = False,
+    told: Told | None = None,
 ) -> DubReport:
     """Dubs a video with a voice; the output is as long as the voice.
 
@@ -125,12 +126,13 @@ def dub(
       voice: any file with sound.
       output: .mp4, .m4v, .mov or .mkv.
       model: a model directory (`keysync convert` makes one), or one on the hub (`model.model_folder`).
+      told: is told where the dub is: phase, units done, and all of them.
 
     Raises:
       UserError: an input cannot be used; nothing was written.
     """
     with warned() as warnings:
-        phases = Phases(show=show_progress)
+        phases = Phases(show=show_progress, told=told)
         made = _dub(Path(video), Path(voice), Path(output), model, settings or DubSettings(), phases)
     return replace(made, warnings=tuple(warnings))
 

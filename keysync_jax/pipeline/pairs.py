@@ -7,7 +7,7 @@ from, so the same list goes on behind the pairs that are done.
 import csv
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from keysync_jax.media.writer import SUFFIXES
 from keysync_jax.model import Model, components
 from keysync_jax.pipeline.dub import DubSettings, dub
 from keysync_jax.pipeline.identity import CHOICES
-from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.phases import Phases, Told
 
 log = logging.getLogger(__name__)
 
@@ -177,8 +177,11 @@ def loaded_for(model: Model, settings: DubSettings) -> Model:
     return loaded
 
 
-def dub_pair(pair: Pair, model: Model) -> Outcome:
+def dub_pair(pair: Pair, model: Model, told: Told | None = None) -> Outcome:
     """Dubs a pair, unless it is done.
+
+    Args:
+      told: as `dub` takes it.
 
     Raises:
       OSError: the machine is to blame.
@@ -188,7 +191,7 @@ def dub_pair(pair: Pair, model: Model) -> Outcome:
         if _is_done(pair, request):
             return Outcome(pair, "kept")
         make_folder(pair.output.parent)
-        report = dub(pair.video, pair.voice, pair.output, model, pair.settings)
+        report = dub(pair.video, pair.voice, pair.output, model, pair.settings, told=told)
         report.save(pair.report, request=request)
         return Outcome(pair, "done")
     except Exception as error:
@@ -256,23 +259,36 @@ def _pair(path: Path, line: int, row: dict[str, Any], folder: Path, settings: Du
     where = f"{path}, line {line}"
     if None in row or None in row.values():
         raise UserError(f"{where}: has more or fewer fields than the first line")
+    return replace(pair_of(where, row, path.parent, folder, settings), line=line)
+
+
+def pair_of(where: str, row: Mapping[str, str], base: Path, folder: Path, settings: DubSettings) -> Pair:
+    """The pair that texts by the names of `COLUMNS` describe.
+
+    Args:
+      where: begins the sentence of an error.
+      base: folder that paths of inputs are relative to.
+
+    Raises:
+      UserError: as `read_pairs`.
+    """
     given = {name: text.strip() for name, text in row.items() if text.strip()}
     for name in NEEDED:
         if name not in given:
             raise UserError(f"{where}: names no {name}")
-    video, voice = (path.parent / given[name] for name in NEEDED)
+    video, voice = (base / given[name] for name in NEEDED)
     changes: dict[str, Any] = {name: _number(where, name, given[name]) for name in NUMBERS if name in given}
     if "occluder" in given:
-        changes["occluder"] = path.parent / given["occluder"]
+        changes["occluder"] = base / given["occluder"]
     if "landmarks" in given:
         text = given["landmarks"]
-        changes["landmarks"] = text if text in DETECTORS else str(path.parent / text)
+        changes["landmarks"] = text if text in DETECTORS else str(base / text)
     if "identity" in given:
         text = given["identity"]
-        changes["identity"] = text if text in CHOICES or text.isdecimal() else str(path.parent / text)
+        changes["identity"] = text if text in CHOICES or text.isdecimal() else str(base / text)
     try:
         chosen = replace(settings, **changes)
-        return Pair(line, video, voice, folder / _place(given.get("out", ""), video, voice), chosen)
+        return Pair(0, video, voice, folder / _place(given.get("out", ""), video, voice), chosen)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

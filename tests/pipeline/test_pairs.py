@@ -195,7 +195,7 @@ class Dubs:
     made: list[str]
 
     def __call__(
-        self, video: Path, voice: Path, output: Path, model: Model, settings: DubSettings
+        self, video: Path, voice: Path, output: Path, model: Model, settings: DubSettings, told: None
     ) -> DubReport:
         if video.name == "strange.mp4":
             raise ValueError("nobody thought of this")
