@@ -46,6 +46,8 @@ def connected(address: str) -> Iterator[Any]:
         ray.init(address=address, log_to_driver=False, logging_level="warning", **options)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"--ray {address}: there is no such cluster ({error})") from None
+    except Exception as error:  # Ray has no name for it: a node that did not start within half a minute.
+        raise OSError(errno.EAGAIN, f"the Ray cluster did not start ({error})", f"--ray {address}") from error
     try:
         yield ray
     finally:
