@@ -22,6 +22,7 @@ EXTRAS: Mapping[str, str] = {
     "PIL": "metrics",
     "pyiqa": "metrics-noncommercial",
     "ray": "ray",
+    "starlette": "ray",
     "tensorboardX": "train",
     "torch": "convert",
     "torch_fidelity": "metrics",

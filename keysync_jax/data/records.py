@@ -206,7 +206,7 @@ class Manifest:
                 )
         for shard in manifest.shards:
             part, slash, name = shard.file.rpartition("/")
-            if name in ("", "..") or (slash and part not in manifest.joined):
+            if name in ("", ".", "..") or (slash and part not in manifest.joined):
                 raise UserError(f"{path}: names the shard {shard.file!r}, which is no file of this folder")
         return manifest
 
