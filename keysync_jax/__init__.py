@@ -12,7 +12,8 @@ from keysync_jax.public import HOMES, load
 
 if TYPE_CHECKING:
     from keysync_jax.convert.checkpoint import AudioSource, Checkpoints, convert
-    from keysync_jax.data.prepare import PrepareSettings, prepare
+    from keysync_jax.data.prepare import prepare
+    from keysync_jax.data.settings import PrepareSettings
     from keysync_jax.errors import UserError
     from keysync_jax.model import Model, open_model
     from keysync_jax.parity.compare import compare as parity

@@ -22,6 +22,8 @@ EXTRAS: Mapping[str, str] = {
     "orbax": "train",
     "PIL": "metrics",
     "pyiqa": "metrics-noncommercial",
+    "ray": "ray",
+    "starlette": "ray",
     "tensorboardX": "train",
     "ray": "ray",
     "torch": "convert",

@@ -160,10 +160,27 @@ class Model:
             graphdef, {n: jax.device_put(np.asarray(file[n]).astype(x.dtype)) for n, x in wanted.items()}
         )
 
+    def kept(self) -> "Model":
+        """The same model, whose components stay loaded once they are; for many runs in one process."""
+        return _KeptModel(self.folder, self.config, self.hashes)
+
     def load_encoder(self, kind: EncoderKind) -> Params:
         """Parameters of an audio encoder, fp32, for `audio_features`; log-mel has none."""
         has_weights = isinstance(self.config.encoders[kind], SpeechConfig)
         return self.load(f"audio_{kind}").params if has_weights else {}
+
+
+class _KeptModel(Model):
+    """Loads each component once."""
+
+    @cached_property
+    def _loaded(self) -> dict[tuple[str, str], Network]:
+        return {}
+
+    def load(self, component: str, dtype: str = "fp32") -> Network:
+        if (component, dtype) not in self._loaded:
+            self._loaded[component, dtype] = super().load(component, dtype)
+        return self._loaded[component, dtype]
 
 
 def open_model(

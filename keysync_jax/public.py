@@ -15,7 +15,7 @@ HOMES = {
     "Checkpoints": "keysync_jax.convert.checkpoint",
     "AudioSource": "keysync_jax.convert.checkpoint",
     "prepare": "keysync_jax.data.prepare",
-    "PrepareSettings": "keysync_jax.data.prepare",
+    "PrepareSettings": "keysync_jax.data.settings",
     "load_config": "keysync_jax.train.config_file",
     "train": "keysync_jax.train.loop",
     "export": "keysync_jax.train.export",

@@ -21,9 +21,9 @@ from keysync_jax.data.records import (
     audio_name,
     encode_frame,
     encode_frame_records,
-    runs_without,
 )
 from keysync_jax.files import sha256_of
+from keysync_jax.media.landmarks import runs_without
 from keysync_jax.train.config import DataConfig, TrainConfig
 from tests.clips import face_landmarks
 

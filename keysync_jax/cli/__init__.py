@@ -32,9 +32,10 @@ from keysync_jax.files import FULL_DISK
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code.
 
-    0: done. 1: a check did not hold (`parity`, `synth-eval`, `doctor`). 2: something the user gave cannot be
-    used, or the machine failed, said in one sentence on stderr. 42: a training run that should be started
-    again. 130: interrupted. 128 + n: stopped by signal n. 141: nobody reads what is printed any more.
+    0: done. 1: a check did not hold (`parity`, `synth-eval`, `doctor`), or of many dubs (`dub --pairs`) some
+    could not be made. 2: something the user gave cannot be used, or the machine failed, said in one sentence
+    on stderr. 42: a training run that should be started again. 130: interrupted. 128 + n: stopped by signal
+    n. 141: nobody reads what is printed any more.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     # What follows -- is the command that is launched, settings included.

@@ -32,6 +32,17 @@ def fetch_models(arguments: argparse.Namespace, *models: str | Path | None) -> N
             model_folder(model, allow_download=True)
 
 
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    """`--ray`, of a subcommand that can work on many machines."""
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="work on a Ray cluster: that address, else RAY_ADDRESS, else this machine alone",
+    )
+
+
 def add_devices(parser: argparse.ArgumentParser) -> None:
     """`--devices`, of a subcommand that dubs."""
     parser.add_argument(

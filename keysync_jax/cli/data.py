@@ -1,9 +1,10 @@
 """Subcommands that make clips and datasets: prepare, synth."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from keysync_jax.cli.common import Commands, keep_compiled_programs
+from keysync_jax.cli.common import Commands, add_devices, add_ray, keep_compiled_programs
 from keysync_jax.errors import UserError
 
 
@@ -19,6 +20,23 @@ def add_prepare(commands: Commands) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="DATASET")
     parser.add_argument("--check", type=Path, metavar="DATASET", help="check a dataset, and stop")
+    parser.add_argument(
+        "--content",
+        action="store_true",
+        help="with --check: print a SHA-256 of settings, clips and records, however these are divided",
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="of all clips those of part I of N (0/4 ... 3/4), as a dataset of its own",
+    )
+    parser.add_argument(
+        "--join",
+        type=Path,
+        nargs="+",
+        metavar="PART",
+        help="the datasets of all parts to one, -o DATASET, over their shards; nothing is copied",
+    )
     parser.add_argument("--model", type=Path, metavar="MODEL_DIR", help="whose VAE and audio encoders to use")
     parser.add_argument(
         "--crop", type=int, metavar="SIZE", help="without --model: crops alone, to train a VAE on"
@@ -47,6 +65,8 @@ def add_prepare(commands: Commands) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode (default 0)"
     )
+    add_devices(parser)
+    add_ray(parser)
     parser.add_argument(
         "--retry-skipped", action="store_true", help="try the clips again that an earlier call skipped"
     )
@@ -84,16 +104,24 @@ def _add_curation(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from keysync_jax.data.prepare import PrepareSettings, check, prepare
+    from keysync_jax.data.division import parse_part
+    from keysync_jax.data.prepare import check, content_sha256, prepare
+    from keysync_jax.data.settings import PrepareSettings
 
     if arguments.check is not None:
         dataset = check(arguments.check, show_progress=True)
+        if arguments.content:
+            print(f"content SHA-256 {content_sha256(dataset, show_progress=True)}")
         print(f"{arguments.check}: {len(dataset.manifest.clips)} clips, every shard and record is whole")
         return 0
+    if arguments.join is not None:
+        return _join(arguments)
     if not arguments.source or (arguments.output is None and arguments.curate is None):
         raise UserError("prepare needs SOURCE and -o DATASET, or --check DATASET, or SOURCE and --curate DIR")
     keep_compiled_programs()
     source = arguments.source[0] if len(arguments.source) == 1 else arguments.source
+    if arguments.curate is not None and arguments.part is not None:
+        raise UserError("prepare --part takes the list that --curate wrote (kept.txt), not --curate itself")
     if arguments.curate is not None:
         source = _curate(arguments, source)
         if arguments.output is None:
@@ -108,10 +136,27 @@ def _prepare(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=arguments.dtype,
         workers=arguments.workers,
+        devices=arguments.devices,
         crop=arguments.crop,
         retry_skipped=arguments.retry_skipped,
+        part=None if arguments.part is None else parse_part(arguments.part),
     )
-    print(prepare(source, arguments.output, arguments.model, settings, show_progress=True).table())
+    elsewhere = None
+    if arguments.ray is not None:
+        from keysync_jax.launch.ray_prepare import OnRay
+
+        elsewhere = partial(OnRay, address=arguments.ray)
+    done = prepare(source, arguments.output, arguments.model, settings, True, elsewhere)
+    print(done.table())
+    return 0
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    from keysync_jax.data.join import join
+
+    if arguments.source or arguments.output is None:
+        raise UserError("prepare --join takes PART... and -o DATASET, and nothing else")
+    print(join(arguments.join, arguments.output).table())
     return 0
 
 

@@ -2,23 +2,47 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from keysync_jax.cli.common import (
     Commands,
     add_allow_download,
     add_devices,
+    add_ray,
     fetch_models,
     keep_compiled_programs,
 )
 from keysync_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from keysync_jax.pipeline.dub import DubSettings
+
 
 def add_dub(commands: Commands) -> None:
     """`keysync dub`."""
-    parser = commands.add_parser("dub", help="dub a video with a voice")
-    parser.add_argument("video", type=Path, metavar="VIDEO")
-    parser.add_argument("audio", type=Path, metavar="AUDIO", help="the new voice, any file with sound")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4")
+    parser = commands.add_parser("dub", help="dub a video with a voice, or many")
+    parser.add_argument("video", type=Path, nargs="?", metavar="VIDEO")
+    parser.add_argument(
+        "audio", type=Path, nargs="?", metavar="AUDIO", help="the new voice, any file with sound"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT.mp4",
+        help="with --pairs a folder",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE.csv",
+        help="many dubs instead of one: columns video, voice, and if wanted out and options; exit code 1 if"
+        " some could not be dubbed",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="what was done and made from what, as JSON"
+    )
     parser.add_argument("--model", type=Path, required=True, metavar="MODEL_DIR", help="see keysync convert")
     parser.add_argument(
         "--landmarks",
@@ -66,6 +90,7 @@ def add_dub(commands: Commands) -> None:
         "--quality", type=int, default=16, metavar="CRF", help="0 (lossless) to 51 (default 16)"
     )
     _add_speed(parser)
+    add_ray(parser)
     less = "try --memory small, --dtype bf16, or fewer --windows-per-call"
     parser.set_defaults(run=_dub, resumable=True, less_memory=less)
 
@@ -128,8 +153,14 @@ def _warm(arguments: argparse.Namespace) -> int:
 
 
 def _dub(arguments: argparse.Namespace) -> int:
+    if arguments.pairs is None and (arguments.video is None or arguments.audio is None):
+        raise UserError("dub takes VIDEO and AUDIO, or --pairs FILE.csv")
+    if arguments.pairs is not None and (arguments.video is not None or arguments.report is not None):
+        raise UserError("dub --pairs takes no VIDEO, AUDIO or --report; every pair has its report beside it")
+    if arguments.ray is not None and arguments.pairs is None:
+        raise UserError("dub --ray is for many dubs; give --pairs FILE.csv")
     keep_compiled_programs()
-    from keysync_jax.pipeline.dub import DubSettings, dub
+    from keysync_jax.pipeline.dub import DubSettings
 
     settings = DubSettings(
         landmarks=arguments.landmarks,
@@ -147,11 +178,47 @@ def _dub(arguments: argparse.Namespace) -> int:
         windows_per_call=arguments.windows_per_call,
         devices=arguments.devices,
     )
+    return _dub_one(arguments, settings) if arguments.pairs is None else _dub_many(arguments, settings)
+
+
+def _dub_one(arguments: argparse.Namespace, settings: "DubSettings") -> int:
+    from keysync_jax.pipeline.dub import dub
+
+    if arguments.report is not None:
+        _check_report(arguments)
     report = dub(
         arguments.video, arguments.audio, arguments.output, arguments.model, settings, show_progress=True
     )
+    if arguments.report is not None:
+        report.save(arguments.report)
     print(report.phases.table())
     if report.frames_without_face:
         print(f"{report.frames_without_face} frames without a face passed through undubbed")
     print(f"wrote {report.output}: {report.frames} frames, {report.frames / 25:.2f} s")
     return 0
+
+
+def _check_report(arguments: argparse.Namespace) -> None:
+    """Refuses now a report that could not be written after the dub."""
+    path = arguments.report
+    others = (arguments.video, arguments.audio, arguments.output)
+    if path.resolve() in {other.resolve() for other in others}:
+        raise UserError(f"cannot write {path}: it is an input or the dub; give the report a name of its own")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: give the name of a file in a folder that exists")
+
+
+def _dub_many(arguments: argparse.Namespace, settings: "DubSettings") -> int:
+    from keysync_jax.model import model_folder, open_model
+    from keysync_jax.pipeline.pairs import dub_pairs, read_pairs
+
+    pairs = read_pairs(arguments.pairs, arguments.output, settings)
+    model = open_model(model_folder(arguments.model, arguments.allow_download))
+    made = None
+    if arguments.ray is not None:
+        from keysync_jax.launch.ray_dub import on_ray
+
+        made = on_ray(model.folder, arguments.ray)
+    report = dub_pairs(pairs, arguments.output, model, show_progress=True, made=made)
+    print(report.table())
+    return 1 if report.failed else 0

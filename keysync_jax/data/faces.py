@@ -5,21 +5,20 @@ No JAX here: a worker decodes and looks for faces, the parent owns the device.
 
 import errno
 import logging
+import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import av
-import cv2
 import numpy as np
 
-from keysync_jax.data.arrayrecord import RecordReader, RecordWriter
-from keysync_jax.data.records import decode_frame
 from keysync_jax.data.sources import Clip, FileState, stat_all, states_of
 from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.files import sha256_of
@@ -34,11 +33,11 @@ from keysync_jax.processes import CrashedError, Workers
 
 log = logging.getLogger(__name__)
 
-# Quick; the crops are deleted within minutes.
-_PNG_OPTIONS = (cv2.IMWRITE_PNG_COMPRESSION, 1)
-
 CLIPS_AHEAD = 2
-"""Clips that each worker may be ahead of the parent; their crops wait on disk."""
+"""Clips that each worker may be ahead of the parent; their crops wait in memory, or on disk."""
+
+SHARED_BYTES = 2**31
+"""Memory that the crops of all clips together may take which wait for the parent."""
 
 _PROBED_BYTES = 2**28
 """Memory that is asked for to see whether there is any; far more than the picture of a sound clip."""
@@ -55,7 +54,8 @@ class Task:
     """One clip for a worker.
 
     Attributes:
-      crops: file that the crops are written to, one lossless PNG a record.
+      crops: file that the crops are written to, their bytes one after another.
+      memory: another such file, in memory, that is taken instead where `memory_bytes` are enough.
       size: side of the crop.
       shortest: fewest frames of a clip.
       detector, detector_model: of clips that have no landmarks of their own.
@@ -67,6 +67,8 @@ class Task:
     shortest: int
     detector: str
     detector_model: Path | None
+    memory: Path | None = None
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Faces:
     """What a worker found in a clip, its crops apart.
 
     Attributes:
+      crops: the file where they are.
       landmarks: in crop pixels, float32 `[T, 68, 2]`.
       present: whether each frame has a face, bool `[T]`.
       wave: sound of these frames, float32 mono at 16 kHz.
@@ -84,10 +87,11 @@ class Faces:
     present: np.ndarray
     wave: np.ndarray
     files: tuple[FileState, ...]
+    crops: Path
 
 
 def cut_faces(task: Task) -> Faces | str:
-    """Faces of a clip, its crops written to `task.crops`; or why the clip cannot be used.
+    """Faces of a clip, its crops written to a file; or why the clip cannot be used.
 
     Raises:
       DetectorError, OSError: as `attempt`.
@@ -166,15 +170,14 @@ def _cut(task: Task) -> Faces:
         raise UserError(f"{clip.path}: has {frames} frames with sound, a sample needs {task.shortest}")
     landmarks, present = bridge(found[:frames])
     boxes = crop_track(landmarks, present, info.height, info.width, info.aspect)
-    with RecordWriter(task.crops) as writer:
+    crops = task.crops
+    if task.memory is not None and frames * _crop_bytes(task.size) <= task.memory_bytes:
+        crops = task.memory
+    with crops.open("wb") as file:
         for frame, box in zip(islice(read_frames(clip.path), frames), boxes, strict=True):
-            crop = crop_frame(frame, box, task.size)
-            done, png = cv2.imencode(".png", crop[..., ::-1], _PNG_OPTIONS)
-            if not done:
-                raise ValueError("a crop cannot be compressed")
-            writer.write(png.tobytes())
+            file.write(np.ascontiguousarray(crop_frame(frame, box, task.size)).data)
     cropped = landmarks_in_crop(landmarks, boxes, task.size)
-    return Faces(cropped, present, wave[: frames * RATE // FPS], states_of(clip, before))
+    return Faces(cropped, present, wave[: frames * RATE // FPS], states_of(clip, before), crops)
 
 
 def _sound(path: Path, timeline: Timeline) -> np.ndarray:
@@ -202,11 +205,39 @@ def _make_detector(task: Task) -> Detector:
         raise DetectorError(str(error)) from error
 
 
-def read_crops(path: Path) -> Iterator[np.ndarray]:
-    """The crops that a worker wrote, uint8 RGB `[S, S, 3]` each."""
-    reader = RecordReader(path)
-    for number in range(len(reader)):
-        yield decode_frame(np.frombuffer(reader.read([number])[0], np.uint8))
+def read_crops(faces: Faces, size: int) -> Iterator[np.ndarray]:
+    """The crops that a worker wrote, uint8 RGB `[size, size, 3]` each.
+
+    Raises:
+      OSError: they are not there any more.
+    """
+    with faces.crops.open("rb") as file:
+        for _ in faces.present:
+            data = file.read(_crop_bytes(size))
+            if len(data) != _crop_bytes(size):
+                raise OSError(errno.EIO, "has lost crops that were written", str(faces.crops))
+            yield np.frombuffer(data, np.uint8).reshape(size, size, 3)
+
+
+def _crop_bytes(size: int) -> int:
+    return 3 * size * size
+
+
+@contextmanager
+def in_memory(task: Task, bytes_each: int) -> Iterator[Task]:
+    """The task with a file in memory for its crops, which ends with the block or with this process.
+
+    Where the system has no such files the task stays as it is, and its crops go to disk. Its worker reaches
+    the file through this process's descriptor, so nothing of it is left behind however either of them ends.
+    """
+    if not hasattr(os, "memfd_create"):
+        yield task
+        return
+    held = os.memfd_create("crops")
+    try:
+        yield replace(task, memory=Path(f"/proc/{os.getpid()}/fd/{held}"), memory_bytes=bytes_each)
+    finally:
+        os.close(held)
 
 
 def cut_all(tasks: Sequence[Task], workers: int) -> Generator[tuple[Task, Faces | str]]:
@@ -214,16 +245,34 @@ def cut_all(tasks: Sequence[Task], workers: int) -> Generator[tuple[Task, Faces 
 
     A clip that crashes its worker process twice is reported like any other bad clip.
 
+    The crops of a clip are there until the next one is asked for.
+
     Raises:
       DetectorError, OSError: as `attempt`; a worker was killed, or could not start.
     """
-    if workers == 0:
-        for task in tasks:
-            yield task, cut_faces(task)
-        return
-    with Workers(cut_faces, workers) as pool:
-        for task, future in pool.in_order(tasks, workers * CLIPS_AHEAD):
-            yield task, _result(task, future, pool)
+    ahead = max(workers * CLIPS_AHEAD, 1)
+    with ExitStack() as stack:
+        files = deque[ExitStack]()
+
+        def prepared() -> Iterator[Task]:
+            for task in tasks:
+                files.append(stack.enter_context(ExitStack()))
+                yield files[-1].enter_context(in_memory(task, SHARED_BYTES // (ahead + 1)))
+
+        def done(task: Task, found: Faces | str) -> Iterator[tuple[Task, Faces | str]]:
+            try:
+                yield task, found
+            finally:
+                files.popleft().close()
+                task.crops.unlink(missing_ok=True)
+
+        if workers == 0:
+            for task in prepared():
+                yield from done(task, cut_faces(task))
+            return
+        pool = stack.enter_context(Workers(cut_faces, workers))
+        for task, future in pool.in_order(prepared(), ahead):
+            yield from done(task, _result(task, future, pool))
 
 
 def _result(

@@ -11,6 +11,7 @@ from typing import Any
 
 from keysync_jax.config import from_dict, to_dict
 from keysync_jax.data.arrayrecord import RecordReader, RecordWriter
+from keysync_jax.data.division import PartOf
 from keysync_jax.data.records import (
     FORMAT,
     MANIFEST,
@@ -87,11 +88,13 @@ def remove_work(output: Path) -> None:
 
 
 @contextmanager
-def open_work(output: Path, settings: Settings, shard_bytes: int, code: str = "") -> "Iterator[Work]":
+def open_work(
+    output: Path, settings: Settings, shard_bytes: int, code: str = "", part: PartOf | None = None
+) -> "Iterator[Work]":
     """The work folder, made where it is missing and locked until the block or the process ends.
 
     Args:
-      settings, shard_bytes, code: as `Work` takes them.
+      settings, shard_bytes, code, part: as `Work` takes them.
 
     Raises:
       UserError: the output is something else, cannot be written, was begun with other settings or other code,
@@ -102,7 +105,7 @@ def open_work(output: Path, settings: Settings, shard_bytes: int, code: str = ""
         try:
             _make_folder(output)
             stack.enter_context(locked(output / FOLDER / "lock", busy))
-            work = Work(output, settings, shard_bytes, code)
+            work = Work(output, settings, shard_bytes, code, part)
         except FileNotFoundError:
             raise UserError(busy) from None  # It has ended, and removed the folder, between the two calls.
         except OSError as error:
@@ -128,6 +131,7 @@ class Work:
 
     Args:
       code: digest of the code that makes parts; those of other code are not mixed with them.
+      part: which clips these are of those of several datasets.
 
     Attributes:
       before: the manifest of the complete dataset that clips are added to; None for a new dataset.
@@ -137,8 +141,10 @@ class Work:
       UserError: the output was begun with other settings or other code.
     """
 
-    def __init__(self, output: Path, settings: Settings, shard_bytes: int, code: str = ""):
-        self.output, self.settings, self.folder = output, settings, output / FOLDER
+    def __init__(
+        self, output: Path, settings: Settings, shard_bytes: int, code: str = "", part: PartOf | None = None
+    ):
+        self.output, self.settings, self.folder, self.part = output, settings, output / FOLDER, part
         self.crops, self._parts, self._shard_bytes = self.folder / "crops", self.folder / "parts", shard_bytes
         self._plan = self.folder / "plan.json"
         self.before = Manifest.load(output) if (output / MANIFEST).is_file() else None
@@ -149,6 +155,7 @@ class Work:
                 "first_shard": self._first_shard,
                 "shard_bytes": shard_bytes,
                 "code": code,
+                "part": None if part is None else to_dict(part),
                 **to_dict(settings),
             }
         )
@@ -175,9 +182,10 @@ class Work:
                 "give another name"
             )
         elif begun != wanted:
+            part = "" if begun.get("part") == wanted["part"] else ", or as another part"
             raise UserError(
-                f"{self.output}: was begun with another model or other settings; delete it or give another "
-                "name"
+                f"{self.output}: was begun with another model or other settings{part}; delete it or give "
+                "another name"
             )
 
     def records(self, clip: Clip) -> Path:
@@ -245,7 +253,7 @@ class Work:
                 first += part.info.frames * groups
             progress(len(group))
         if self.before is None:
-            return Manifest(self.settings, tuple(shards), tuple(infos))
+            return Manifest(self.settings, tuple(shards), tuple(infos), part=self.part)
         return replace(self.before, shards=(*self.before.shards, *shards), clips=(*self.before.clips, *infos))
 
     def _shard(self, number: int, group: Sequence[Done]) -> ShardInfo:

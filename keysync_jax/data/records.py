@@ -18,10 +18,11 @@ last, so a folder that has one is complete.
 In `keysync-dataset-1`, which is read too, a frame is one record of all arrays.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -31,8 +32,9 @@ import numpy as np
 
 from keysync_jax.config import EncoderKind, from_dict, to_dict
 from keysync_jax.data.arrayrecord import RecordReader
+from keysync_jax.data.division import PartOf
 from keysync_jax.errors import UserError
-from keysync_jax.files import sha256_of, write_json
+from keysync_jax.files import fingerprint, sha256_of, write_json
 
 FORMAT = "keysync-dataset-2"
 UNGROUPED = "keysync-dataset-1"
@@ -53,6 +55,8 @@ _LATER = ("latent_channels", "landmark_model", "model")
 
 LatentKind = Literal["posterior", "sample", "none"]
 Record = dict[str, np.ndarray]
+
+_RECORDS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One ArrayRecord file."""
+    """One ArrayRecord file; `file` is its name, in a joined dataset its path from there."""
 
     file: str
     records: int
@@ -154,6 +158,8 @@ class Manifest:
     Attributes:
       format: `FORMAT`, or `UNGROUPED`.
       code: version and digest of the code that made the clips, for the reader; more where clips were added.
+      part: which of several datasets of the same clips it is; None: it is the whole.
+      joined: folders of the parts whose shards these are, relative to this one; none where it has its own.
     """
 
     settings: Settings
@@ -161,6 +167,8 @@ class Manifest:
     clips: tuple[ClipInfo, ...]
     format: str = FORMAT
     code: tuple[str, ...] = ()
+    part: PartOf | None = None
+    joined: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -191,8 +199,14 @@ class Manifest:
         if found not in (FORMAT, UNGROUPED):
             raise UserError(f"{path}: has the format {found!r}, not {FORMAT!r}; prepare the dataset anew")
         manifest = from_dict(cls, content, str(path))
+        for part in manifest.joined:
+            if Path(part).is_absolute():
+                raise UserError(
+                    f"{path}: names the folder {part!r} of a part, which is not relative to this one"
+                )
         for shard in manifest.shards:
-            if shard.file in ("", "..") or Path(shard.file).name != shard.file:
+            part, slash, name = shard.file.rpartition("/")
+            if name in ("", ".", "..") or (slash and part not in manifest.joined):
                 raise UserError(f"{path}: names the shard {shard.file!r}, which is no file of this folder")
         return manifest
 
@@ -218,12 +232,6 @@ def audio_name(kind: EncoderKind, semitones: float = 0.0) -> str:
     """Name in a record of an encoder's features, of the voice itself or shifted by `semitones`."""
     shift = f"_pitch{semitones:+}".removesuffix(".0") if semitones else ""
     return f"audio_{kind}{shift}"
-
-
-def runs_without(present: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Stretches (first, count) where a bool `[T]` is false."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[True], present, [True]])))
-    return tuple((int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
 def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -300,6 +308,30 @@ class Dataset:
     def sha256(self) -> str:
         """Of the manifest, which has that of every shard: of the whole dataset."""
         return sha256_of(self.folder / MANIFEST)
+
+    def content_sha256(self, progress: Callable[[int], object] | None = None) -> str:
+        """Of settings, clips and records in their order: the same however these are divided into shards.
+
+        All of it is read. Two datasets are equal where this is: the same settings, the same clips in the same
+        order, and of each the same records, byte for byte.
+
+        Args:
+          progress: is told of each block of bytes that was read.
+
+        Raises:
+          UserError, OSError: as `read`.
+        """
+        clips = []
+        for info in self.clips:
+            digest = hashlib.sha256()
+            for start in range(0, info.frames * len(self._groups), _RECORDS_AT_ONCE):
+                end = min(start + _RECORDS_AT_ONCE, info.frames * len(self._groups))
+                for data in self._readers[info.shard].read(range(info.first + start, info.first + end)):
+                    digest.update(len(data).to_bytes(8, "little") + data)
+                    if progress is not None:
+                        progress(len(data))
+            clips.append([to_dict(replace(info, shard=0, first=0)), digest.hexdigest()])
+        return fingerprint({"settings": to_dict(self.settings), "clips": clips})
 
     def read(self, clip: int, frames: Sequence[int], names: Iterable[str] | None = None) -> list[Record]:
         """The arrays `names` (None: all) of frames of a clip, in the order asked for.

@@ -88,7 +88,7 @@ def read_report(output: Path, manifest: Manifest) -> PrepareReport:
 
 def add_sources(output: Path, done: Sequence[Done]) -> None:
     """Notes which files clips were made from."""
-    _write_sources(output, _read_sources(output) | {clip.source: part.files for clip, part in done})
+    write_sources(output, read_sources(output) | {clip.source: part.files for clip, part in done})
 
 
 def check_same(
@@ -109,7 +109,7 @@ def check_same(
     sources = {clip.source for clip in manifest.clips} | {source for source, _ in skipped}
     if not manifest.settings.agrees(settings) or sources != {clip.source for clip in clips}:
         raise UserError(f"{output}: holds a dataset of other clips or settings; give a name for a new folder")
-    noted = _read_sources(output)
+    noted = read_sources(output)
     touched = [clip for clip in clips if clip.source in noted and is_touched(clip, noted[clip.source])]
     if not touched:
         return
@@ -122,10 +122,11 @@ def check_same(
                     "a name for a new folder"
                 )
     with suppress(OSError):  # They would only be read again.
-        _write_sources(output, noted | {clip.source: restated(clip, noted[clip.source]) for clip in touched})
+        write_sources(output, noted | {clip.source: restated(clip, noted[clip.source]) for clip in touched})
 
 
-def _read_sources(output: Path) -> dict[str, tuple[FileState, ...]]:
+def read_sources(output: Path) -> dict[str, tuple[FileState, ...]]:
+    """The files that each source's clip was made from; nothing of a dataset that does not say."""
     path = output / SOURCES
     try:
         content = json.loads(path.read_bytes())
@@ -136,5 +137,6 @@ def _read_sources(output: Path) -> dict[str, tuple[FileState, ...]]:
     return {source: from_dict(tuple[FileState, ...], files, SOURCES) for source, files in content.items()}
 
 
-def _write_sources(output: Path, noted: Mapping[str, Sequence[FileState]]) -> None:
+def write_sources(output: Path, noted: Mapping[str, Sequence[FileState]]) -> None:
+    """Notes the files that each source's clip was made from."""
     write_json(output / SOURCES, {source: [to_dict(file) for file in noted[source]] for source in noted})

@@ -169,7 +169,7 @@ def _named(paths: list[tuple[Path, Path]]) -> list[Clip]:
         name = stem.as_posix() if stems[stem] == 1 else relative.as_posix()
         landmarks = path.with_suffix(".npy")
         clips.append(Clip(name, path, relative.as_posix(), landmarks if landmarks.is_file() else None))
-    return sorted(clips, key=lambda clip: _natural(clip.name))
+    return sorted(clips, key=lambda clip: natural(clip.name))
 
 
 def _listed(path: Path) -> list[Path]:
@@ -232,10 +232,10 @@ def _reference_clips(source: Path) -> list[Clip]:
         for name, files in found.items()
         for path in [files.get(LATENTS) or files.get("video") or next(iter(files.values()))]
     ]
-    return sorted(clips, key=lambda clip: _natural(clip.name))
+    return sorted(clips, key=lambda clip: natural(clip.name))
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def natural(name: str) -> tuple[list[str | int], str]:
     """Orders digits by their number; the parts alternate between text and numbers."""
     parts = re.split(r"([0-9]+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

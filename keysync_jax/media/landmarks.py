@@ -157,3 +157,9 @@ def _bridged(
     first = len(last)
     for (item, _), landmarks, here in zip(held, filled[first:], present[first:], strict=True):
         yield item, landmarks, bool(here)
+
+
+def runs_without(present: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Stretches (first, count) where a bool `[T]` is false."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], present, [True]])))
+    return tuple((int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True))

@@ -6,7 +6,7 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -17,14 +17,14 @@ import numpy as np
 
 from keysync_jax import __version__
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, ModelConfig, StageKind
+from keysync_jax.config import Dtype, ModelConfig, StageKind, to_dict
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
 from keysync_jax.media.composite import paste
 from keysync_jax.media.crop import crop_frame
 from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
-from keysync_jax.media.landmarks import bridge, load_landmarks, save_landmarks
+from keysync_jax.media.landmarks import bridge, load_landmarks, runs_without, save_landmarks
 from keysync_jax.media.occlusion import Occluder
 from keysync_jax.media.playback import played_frames
 from keysync_jax.media.timeline import FPS, Longer
@@ -40,8 +40,9 @@ from keysync_jax.pipeline.generate import Clip, Features, Sampling, check_featur
 from keysync_jax.pipeline.identity import CURRENT, Chosen, Identity
 from keysync_jax.pipeline.latents import decode_frames, encode_frames
 from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
-from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.phases import Phases, Told
 from keysync_jax.pipeline.programs import Compiling, programs
+from keysync_jax.pipeline.report import DubReport, warned
 from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
 from keysync_jax.pipeline.windows import FRAMES, merge_windows
@@ -117,16 +118,6 @@ class DubSettings:
         return self.dtype or ("fp32" if jax.default_backend() == "cpu" else "bf16")
 
 
-@dataclass(frozen=True)
-class DubReport:
-    """What `dub` did; `phases.table()` has time and memory."""
-
-    output: Path
-    frames: int
-    frames_without_face: int
-    phases: Phases = field(compare=False)
-
-
 def dub(
     video: str | Path,
     voice: str | Path,
@@ -134,6 +125,7 @@ def dub(
     model: str | Path | Model,
     settings: DubSettings | None = None,
     show_progress: bool = False,
+    told: Told | None = None,
 ) -> DubReport:
     """Dubs a video with a voice; the output is as long as the voice, unless it is to stop with the video.
 
@@ -146,12 +138,21 @@ def dub(
       voice: any file with sound.
       output: .mp4, .m4v, .mov or .mkv.
       model: a model directory (`keysync convert` makes one), or one on the hub (`model.model_folder`).
+      told: is told where the dub is: phase, units done, and all of them.
 
     Raises:
       UserError: an input cannot be used; nothing was written.
     """
-    settings, video, voice, output = settings or DubSettings(), Path(video), Path(voice), Path(output)
-    phases, devices = Phases(show=show_progress), local_devices(settings.devices)
+    with warned() as warnings:
+        phases = Phases(show=show_progress, told=told)
+        made = _dub(Path(video), Path(voice), Path(output), model, settings or DubSettings(), phases)
+    return replace(made, warnings=tuple(warnings))
+
+
+def _dub(
+    video: Path, voice: Path, output: Path, model: str | Path | Model, settings: DubSettings, phases: Phases
+) -> DubReport:
+    devices = local_devices(settings.devices)
     check_writable(output)
     for source_file in (video, voice):
         if output.resolve() == source_file.resolve():
@@ -174,8 +175,9 @@ def dub(
     sizes = batches(settings.memory, model.config, dtype, settings.windows_per_call)
     sampling = sampling_of(model.config, settings, devices, sizes)
     identities = model.config.keyframe.frames if identity.name == CURRENT else 1
+    made_from = _fingerprint(source, model, settings, sampling, identity)
     with (
-        Workspace(output, _fingerprint(source, model, settings, sampling, identity)) as work,
+        Workspace(output, made_from) as work,
         computing(dtype),
         Compiling(
             programs(model.config, dtype, sampling, sizes.frames, source.plan, identities),
@@ -192,7 +194,14 @@ def dub(
         )
         report = run.to(output)
         work.remove()
-    return report
+    return replace(report, made_from=made_from, settings=_plain(settings))
+
+
+def _plain(settings: DubSettings) -> dict[str, object]:
+    """The settings in JSON's types."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in to_dict(settings).items()
+    }
 
 
 def sampling_of(config: ModelConfig, settings: DubSettings, devices: Devices, sizes: Batches) -> Sampling:
@@ -310,8 +319,9 @@ class _Run:
         if self.settings.memory == "small":
             windows, device = self._interpolate(windows, device), Clock()
         self._compose(windows, output, device)
-        absent = int((~self.geometry.present[self.source.shown[: self.source.frames]]).sum())
-        return DubReport(output, self.source.frames, absent, self.phases)
+        present = self.geometry.present[self.source.shown[: self.source.frames]]
+        absent = int((~present).sum())
+        return DubReport(output, self.source.frames, absent, self.phases, runs_without(present))
 
     def _latents(self, name: str, rows: int, *inner: int) -> ResumableArray:
         size, channels = self.model.config.keyframe.latent_size, self.model.config.vae.latent_channels

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -81,20 +82,23 @@ def encode_frames(
 
 
 def encode_posterior(
-    vae: Network, frames: Iterable[np.ndarray], per_call: int = FRAMES_PER_CALL
+    vae: Network,
+    frames: Iterable[np.ndarray],
+    per_call: int = FRAMES_PER_CALL,
+    devices: Devices = ONE_DEVICE,
+    device: Clock | None = None,
 ) -> Iterator[Posterior]:
     """The posterior over raw latents of a stream of frames, for training data.
 
     Args:
       frames: uint8 RGB `[S, S, 3]` each.
+      per_call: frames of a call that each device takes.
+      device: is told how long the devices were busy.
 
     Yields:
-      Mean and log-variance, numpy fp32 `[n, s, s, 4]` each with n <= `per_call`, in order.
+      Mean and log-variance, numpy fp32 `[n, s, s, 4]` of each call, in order; the next call is under way.
     """
-    stream = iter(frames)
-    while group := list(islice(stream, per_call)):
-        full = _posterior(*vae, _filled(np.stack(group), per_call))
-        yield Posterior(*(np.asarray(moment)[: len(group)] for moment in full))
+    return _mapped(_posterior, vae, frames, per_call, devices, device)
 
 
 def decode_frames(
@@ -137,8 +141,8 @@ def _mapped(
     per_call: int,
     devices: Devices,
     device: Clock | None,
-) -> Iterator[np.ndarray]:
-    """`function(graphdef, params, rows)` over a stream of rows, call by call."""
+) -> Iterator[Any]:
+    """`function(graphdef, params, rows)` over a stream of rows, call by call: arrays, or trees of them."""
     stream, size = iter(rows), per_call * len(devices)
     vae = devices.network(vae)
     counts: deque[int] = deque()
@@ -149,7 +153,8 @@ def _mapped(
             yield devices.run(function, vae, devices.split(_filled(np.stack(group), size)))
 
     for made in results(calls(), device):
-        yield made[: counts.popleft()]
+        whole = slice(counts.popleft())
+        yield jax.tree.map(itemgetter(whole), made)
 
 
 def _filled(rows: Frames, count: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax.monitoring
 from tqdm import tqdm
@@ -16,6 +17,9 @@ from keysync_jax.pipeline.flow import Clock
 
 Advance = Callable[[int], object]
 """Is told how many units were done."""
+
+Told = Callable[[str, int, int], object]
+"""Is told a phase's name, how many of its units are done, and how many there are."""
 
 PARTS = ("device", "decoder", "encoder")
 """Of the machine, whose busy time a phase may tell; the rest of the phase they wait."""
@@ -45,9 +49,14 @@ class Phase:
 
 @dataclass
 class Phases:
-    """Collects the phases of a run; shows a bar with the time left where `show` is set."""
+    """Collects the phases of a run; shows a bar with the time left where `show` is set.
+
+    Attributes:
+      told: is told where a phase is: its name, units done, and all of them.
+    """
 
     show: bool = True
+    told: Told | None = None
     done: list[Phase] = field(default_factory=list)
 
     @contextmanager
@@ -66,7 +75,7 @@ class Phases:
             disable=not self.show,
             file=sys.stderr,
         ) as bar:
-            yield bar.update
+            yield bar.update if self.told is None else _telling(self.told, bar, name, total, start)
         count, seconds = (now - then for now, then in zip(_Compiles.snapshot(), compiles_before, strict=True))
         took = time.perf_counter() - before
         busy = {part: clock.busy for part, clock in parts.items()}
@@ -89,6 +98,19 @@ class Phases:
             parts = "".join(f" {_busy_and_waiting(p, part):>15}" for part in shown)
             lines.append(f"{p.name:<14} {times} {p.peak_bytes / 2**30:8.2f} GiB{parts}".rstrip())
         return "\n".join(lines)
+
+
+def _telling(told: Told, bar: Any, name: str, total: int, start: int) -> Advance:
+    done = start
+    told(name, done, total)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(count)
+        told(name, done, total)
+
+    return advance
 
 
 def _busy_and_waiting(phase: Phase, part: str) -> str:

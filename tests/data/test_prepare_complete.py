@@ -12,6 +12,7 @@ import pytest
 
 from keysync_jax.cli import main
 from keysync_jax.data import faces as faces_module
+from keysync_jax.data import from_videos
 from keysync_jax.data import parts as parts_module
 from keysync_jax.data import prepare as prepare_module
 from keysync_jax.data import report as report_module
@@ -253,7 +254,7 @@ def test_another_model_file_of_the_detector_is_noticed(
         def close(self) -> None:
             pass
 
-    for module in (faces_module, prepare_module):
+    for module in (faces_module, from_videos):
         monkeypatch.setattr(module, "make_detector", lambda *_: Seeing())
     shutil.copy(good / "a2.mp4", tmp_path / "a2.mp4")
     weights = tmp_path / "face.task"

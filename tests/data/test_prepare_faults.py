@@ -15,7 +15,7 @@ import pytest
 
 from keysync_jax.cli import main
 from keysync_jax.data import faces as faces_module
-from keysync_jax.data import prepare as prepare_module
+from keysync_jax.data import from_precomputed, from_videos
 from keysync_jax.data.faces import Task, cut_all
 from keysync_jax.data.prepare import PrepareSettings, prepare
 from keysync_jax.data.sources import Clip, find_clips
@@ -117,7 +117,7 @@ def test_a_disk_that_cannot_be_written_loses_no_clip(
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "part")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, name, fail)
+        patch.setattr(from_videos, name, fail)
         with pytest.raises(OSError, match="quota"):
             prepare(good, tmp_path / "dataset", settings=CROPS)
     prepare(good, tmp_path / "dataset", settings=CROPS)
@@ -141,7 +141,7 @@ def test_the_command_says_what_failed_and_that_it_goes_on(
         raise MemoryError("9 bytes")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "encode_frame", fail)
+        patch.setattr(from_videos, "encode_frame", fail)
         assert main(command) == 2
     assert f"the machine: Cannot allocate memory (9 bytes); {goes_on}\n" in capsys.readouterr().err
     assert main(command) == 0
@@ -165,9 +165,9 @@ def test_a_detectors_lack_of_memory_is_not_the_clips_fault(
             pass
 
     shutil.copy(good / "a2.mp4", tmp_path / "a2.mp4")
-    for module in (faces_module, prepare_module):
+    for module in (faces_module, from_videos):
         monkeypatch.setattr(module, "make_detector", lambda *_: Full())
-    monkeypatch.setattr(prepare_module, "detector_identity", lambda *_: {})
+    monkeypatch.setattr(from_videos, "detector_identity", lambda *_: {})
     with pytest.raises(OSError, match=r"memory|Too many open files"):
         prepare(tmp_path / "a2.mp4", tmp_path / "dataset", settings=CROPS)
 
@@ -177,7 +177,7 @@ def test_a_detector_that_cannot_be_made_is_not_the_clips_fault(
 ) -> None:
     """It was there when the run began; in a worker it is not."""
     shutil.copy(good / "a2.mp4", tmp_path / "a2.mp4")
-    monkeypatch.setattr(prepare_module, "_try_detector", lambda *_: None)
+    monkeypatch.setattr(from_videos, "_try_detector", lambda *_: None)
     monkeypatch.setenv("KEYSYNC_CACHE", str(tmp_path / "cache"))
     for workers in (0, 1):
         with pytest.raises(UserError, match="Face Landmarker is missing"):
@@ -316,7 +316,7 @@ def test_precomputed_clips_are_not_lost_either(
 ) -> None:
     folder, output = tmp_path / "reference", tmp_path / "dataset"
     write_reference_layout(folder, {"a1": 20, "a10": 20})
-    function = getattr(prepare_module, name)
+    function = getattr(from_precomputed, name)
 
     def fail(*arguments: Any) -> Any:
         if "a10" in str(arguments):
@@ -327,7 +327,7 @@ def test_precomputed_clips_are_not_lost_either(
         return function(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, name, fail)
+        patch.setattr(from_precomputed, name, fail)
         with pytest.raises(OSError, match=r"Stale.*a10_video_512_latent"):
             prepare(folder, output)
     assert prepare(folder, output).done == 2
@@ -354,6 +354,6 @@ def test_a_device_without_memory_is_not_the_clips_fault(
     def fail(*_: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(prepare_module, "encode_frame", fail)
+    monkeypatch.setattr(from_videos, "encode_frame", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         prepare(good, tmp_path / "dataset", settings=CROPS)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 
 
 def end_in_the_middle(
-    arguments: list[str], is_under_way: Callable[[], object], number: signal.Signals
+    arguments: list[str], is_under_way: Callable[[int], object], number: signal.Signals
 ) -> tuple[int, str]:
     """Starts a command with two workers, sends it a signal, and waits until all its processes have ended.
 
@@ -29,7 +30,7 @@ def end_in_the_middle(
     command = [sys.executable, "-m", "keysync_jax.cli", *arguments, "--workers", "2"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as run:
-        wait_until(lambda: is_under_way() or run.poll() is not None, 120, "workers are at it")
+        wait_until(lambda: is_under_way(run.pid) or run.poll() is not None, 120, "workers are at it")
         started = children(run.pid)
         assert len(started) >= 2, "it had ended already"
         run.send_signal(number)
@@ -38,14 +39,23 @@ def end_in_the_middle(
     return run.returncode, errors
 
 
+def crops_in_memory(pid: int) -> list[Path]:
+    """Files in memory of a process into which workers have written crops."""
+    found = []
+    for held in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):
+            if os.readlink(held).startswith("/memfd:crops") and held.stat().st_size:
+                found.append(held)
+    return found
+
+
 def end_prepare(folder: Path, number: signal.Signals) -> tuple[Path, Path, int, str]:
     """Ends `prepare` while its workers cut two clips: the clips, the dataset, exit code and stderr."""
     source, output = folder / "clips", folder / "dataset"
     for name in ("a", "b"):
         add_clip(source, name, 400, face_landmarks(400))
-    crops = output / ".work/crops"
     arguments = ["prepare", str(source), "-o", str(output), "--crop", "64"]
-    ended = end_in_the_middle(arguments, lambda: crops.is_dir() and len(hidden_names(crops)) == 2, number)
+    ended = end_in_the_middle(arguments, lambda pid: len(crops_in_memory(pid)) == 2, number)
     return source, output, *ended
 
 
@@ -83,7 +93,7 @@ def test_synth_that_is_killed(tmp_path: Path) -> None:
     output = tmp_path / "clips"
     end_in_the_middle(
         ["synth", "-n", "6", "--seconds", "1", "-o", str(output)],
-        lambda: (output / "clip-00000.mp4").is_file() and hidden_names(output),
+        lambda _: (output / "clip-00000.mp4").is_file() and hidden_names(output),
         signal.SIGKILL,
     )
     # The killed workers were at other clips than those that are asked for now.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import pytest
 
+from keysync_jax.data import from_videos
 from keysync_jax.data import parts as parts_module
 from keysync_jax.data import prepare as prepare_module
 from keysync_jax.data.faces import Task, cut_all
@@ -85,7 +86,7 @@ def test_a_killed_run_goes_on_behind_the_clips_that_are_done(
         made.extend(task.clip.name for task in tasks)
         return cut_all(tasks, workers)
 
-    monkeypatch.setattr(prepare_module, "cut_all", counting)
+    monkeypatch.setattr(from_videos, "cut_all", counting)
     assert prepare(good, output, model).done == 3
     assert made == ["sub/b"]
     assert contents(output) == contents(prepared_good)
@@ -149,7 +150,7 @@ def test_a_full_disk_is_not_a_bad_clip(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "write_part", fail)
+    monkeypatch.setattr(from_videos, "write_part", fail)
     with pytest.raises(OSError, match="No space left"):
         prepare(good, tmp_path / "dataset", model)
 
@@ -160,7 +161,7 @@ def test_a_device_that_fails_is_not_a_bad_clip(
     def fail(*_: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(prepare_module, "audio_features", fail)
+    monkeypatch.setattr(from_videos, "audio_features", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         prepare(good / "a2.mp4", tmp_path / "dataset", model)
     assert not list((tmp_path / "dataset/.work/crops").iterdir())

@@ -22,9 +22,9 @@ from keysync_jax.data.records import (
     encode_frame,
     encode_record,
     groups_of,
-    runs_without,
 )
 from keysync_jax.errors import UserError
+from keysync_jax.media.landmarks import runs_without
 from keysync_jax.train.config import LossConfig
 from keysync_jax.train.fits import check_alike, check_fits
 from tests import prepared
