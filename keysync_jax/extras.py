@@ -25,7 +25,6 @@ EXTRAS: Mapping[str, str] = {
     "ray": "ray",
     "starlette": "ray",
     "tensorboardX": "train",
-    "ray": "ray",
     "torch": "convert",
     "torch_fidelity": "metrics",
     "transformers": "test",

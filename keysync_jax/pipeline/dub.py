@@ -6,7 +6,7 @@ clip but for landmarks, masks and audio features; and an interrupted run goes on
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from keysync_jax.config import Dtype, ModelConfig, StageKind, to_dict
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
-from keysync_jax.media.composite import paste
+from keysync_jax.media.composite import paste, seam_energy
 from keysync_jax.media.crop import crop_frame
 from keysync_jax.media.detectors import DETECTORS, detector_identity, make_detector
 from keysync_jax.media.landmarks import bridge, load_landmarks, runs_without, save_landmarks
@@ -54,6 +54,9 @@ AHEAD = 8
 
 PASTING = 4
 """Threads that paste faces, each a frame."""
+
+BORDER_EVERY = 25
+"""The border of the paste is measured in one frame in so many."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,7 @@ class _Run:
     phases: Phases
     compiling: Compiling
     encoder: Encoder
+    borders: list[tuple[float, float]] = field(default_factory=list)
 
     def to(self, output: Path) -> DubReport:
         latents = self._encode().values
@@ -321,7 +325,9 @@ class _Run:
         self._compose(windows, output, device)
         present = self.geometry.present[self.source.shown[: self.source.frames]]
         absent = int((~present).sum())
-        return DubReport(output, self.source.frames, absent, self.phases, runs_without(present))
+        before, after = (sum(energies) for energies in zip((0.0, 0.0), *self.borders, strict=True))
+        border = after / before if before > 0 else None
+        return DubReport(output, self.source.frames, absent, self.phases, runs_without(present), border)
 
     def _latents(self, name: str, rows: int, *inner: int) -> ResumableArray:
         size, channels = self.model.config.keyframe.latent_size, self.model.config.vae.latent_channels
@@ -431,7 +437,7 @@ class _Run:
             ) as advance,
             ahead(decoder.timed(originals), AHEAD) as read,
             ahead(self._decoded(windows, device), 1) as calls,
-            ahead(composed(read, chain.from_iterable(calls), self.geometry, source.shown), AHEAD) as frames,
+            ahead(self._composed(read, calls), AHEAD) as frames,
             ExitStack() as file,
         ):
             writer = VideoWriter(
@@ -452,6 +458,10 @@ class _Run:
                 advance(1)
             with encoder.running():  # It holds some frames back until the file is closed.
                 file.close()
+
+    def _composed(self, read: Iterator[np.ndarray], calls: Iterator[Frames]) -> Iterator[np.ndarray]:
+        faces = chain.from_iterable(calls)
+        return composed(read, faces, self.geometry, self.source.shown, self.borders)
 
     def _provenance(self) -> dict[str, str]:
         """What the file says of itself."""
@@ -479,7 +489,11 @@ class _Run:
 
 
 def composed(
-    originals: Iterable[np.ndarray], generated: Iterable[np.ndarray], geometry: Geometry, shown: np.ndarray
+    originals: Iterable[np.ndarray],
+    generated: Iterable[np.ndarray],
+    geometry: Geometry,
+    shown: np.ndarray,
+    borders: list[tuple[float, float]] | None = None,
 ) -> Iterator[np.ndarray]:
     """The dub's frames before encoding.
 
@@ -487,18 +501,25 @@ def composed(
       originals: uint8 `[H, W, 3]` of every frame of the dub.
       generated: uint8 `[S, S, 3]`, the generated crop of every frame that has a face.
       shown: frame of the video that each frame of the dub shows.
+      borders: gets `seam_energy` of one frame in `BORDER_EVERY`.
 
     Yields:
       uint8 `[H, W, 3]`: the original where there is no face, and outside the pasted region.
     """
     faces = iter(generated)
 
-    def pasted(item: tuple[np.ndarray, np.ndarray | None, int]) -> np.ndarray:
-        original, face, at = item
-        return original if face is None else paste(original, face, geometry.masks[at], geometry.boxes[at])
+    def pasted(item: tuple[int, np.ndarray, np.ndarray | None, int]) -> np.ndarray:
+        number, original, face, at = item
+        if face is None:
+            return original
+        place = geometry.masks[at], geometry.boxes[at]
+        result = paste(original, face, *place)
+        if borders is not None and number % BORDER_EVERY == 0:
+            borders.append(seam_energy(original, result, *place))
+        return result
 
     items = (
-        (original, next(faces) if geometry.present[at] else None, at)
-        for original, at in zip(originals, shown, strict=False)
+        (number, original, next(faces) if geometry.present[at] else None, at)
+        for number, (original, at) in enumerate(zip(originals, shown, strict=False))
     )
     return spread(pasted, items, PASTING)

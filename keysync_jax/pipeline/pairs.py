@@ -229,6 +229,8 @@ def request_of(pair: Pair, model: Model) -> str:
             "seed": settings.seed,
             "dtype": settings.compute_dtype,
             "quality": settings.quality,
+            "longer voice": settings.longer_voice,
+            "provenance": settings.provenance,
         }
     )
 

@@ -22,6 +22,8 @@ class DubReport:
 
     Attributes:
       undubbed: stretches (first, frames) of the dub that passed through, for they have no face.
+      border: how much more there is to see along the border of what was pasted than there in the source:
+        gradient energy over gradient energy (`composite.seam_energy`) of some frames; None where nothing was.
       made_from: everything that the frames depend on: SHA-256 of the inputs and of the model, the settings
         that count, the code, the libraries and the device.
       settings: all of them, in JSON's types.
@@ -33,6 +35,7 @@ class DubReport:
     frames_without_face: int
     phases: Phases = field(compare=False)
     undubbed: tuple[tuple[int, int], ...] = ()
+    border: float | None = field(default=None, compare=False)
     made_from: Mapping[str, object] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -54,6 +57,7 @@ class DubReport:
                 "undubbed": [
                     {"first": first, "frames": count, "why": WITHOUT_FACE} for first, count in self.undubbed
                 ],
+                "border": self.border,
                 "made_from": dict(self.made_from),
                 "settings": dict(self.settings),
                 "seconds": sum(phase["seconds"] for phase in timing),

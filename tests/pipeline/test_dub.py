@@ -76,9 +76,9 @@ class Captured:
             self.frames.append(frame.copy())
             write(writer, frame)
 
-        def keep_geometry(originals: Any, generated: Any, geometry: Any, shown: Any) -> Iterator[np.ndarray]:
+        def keep_geometry(originals: Any, generated: Any, geometry: Any, *rest: Any) -> Iterator[np.ndarray]:
             self.geometry = geometry
-            return composed(originals, generated, geometry, shown)
+            return composed(originals, generated, geometry, *rest)
 
         # What is given to the encoder does not depend on how hard it works.
         monkeypatch.setattr(VideoWriter, "__init__", partialmethod(begin, preset="ultrafast"))
@@ -122,6 +122,9 @@ def test_dub_covers_the_voice_and_leaves_the_rest_alone(
     report = dub(clip / "video.mp4", clip / "voice.wav", output, tiny_model, settings(clip))
     assert report.frames == 28
     assert report.frames_without_face == 0
+    # Frames 0 and 25: what random weights paint has another colour than the source around it.
+    assert report.border is not None
+    assert report.border > 1
     found = described(output)
     assert found | {"samples": 0} == {
         "size": (96, 80), "fps": Fraction(25), "frames": 28, "rate": 22_050, "samples": 0,
