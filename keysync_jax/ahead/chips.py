@@ -88,11 +88,12 @@ _WITHOUT_A_CHIP = {
 }
 
 
-def topology(name: str) -> Any:
+def topology(name: str, slices: int = 1) -> Any:
     """The chips of a machine that is not here.
 
     Args:
       name: "v5e:2x2", "v6e:2x2", "v5p:2x2x1" and so on: generation, and chips along each side.
+      slices: how many such machines there are, joined by the network of their data centre.
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
@@ -104,7 +105,9 @@ def topology(name: str) -> Any:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name)
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **({"num_slices": slices} if slices > 1 else {})
+        )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise UserError(f"cannot compile for the topology {name} ({first_line(error)})") from error
 

@@ -172,7 +172,7 @@ class Attention(nnx.Module):
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def __call__(self, x: Array, key_value: KeyValue | None = None) -> Array:
-        """`[B, N, D]` -> `[B, N, D]`; attends to itself where no keys and values are given."""
+        """`[B, ..., N, D]` -> same; `[B, N, D]` attends to itself where no keys and values are given."""
         key, value = key_value or self.key_value(x)
         return self.to_out(attention(self._split(self.to_q(x)), key, value).reshape(x.shape))
 

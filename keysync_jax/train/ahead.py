@@ -12,7 +12,8 @@ from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import VAEStep, make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes
-from keysync_jax.train.sharding import AnyStep, lowered_step, make_mesh
+from keysync_jax.train.mesh import mesh_of
+from keysync_jax.train.sharding import AnyStep, lowered_step
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage, make_step
 from keysync_jax.typing import Params
@@ -30,7 +31,7 @@ def step_ahead(config: AnyTrainConfig, devices: Sequence[Any], name: str = "step
     Raises:
       UserError: the mesh does not fit the devices or the batch, or the program not a chip's memory.
     """
-    mesh = make_mesh(config.mesh, config.batch_size, devices)
+    mesh = mesh_of(config, devices)
     step, params, batch = step_shapes(config)
     state = jax.eval_shape(lambda params: init_state(config, params), params)
     try:

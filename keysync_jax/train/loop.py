@@ -31,12 +31,12 @@ from keysync_jax.train.flops import step_flops, vae_step_flops
 from keysync_jax.train.hosts import decided
 from keysync_jax.train.inputs import Inputs, inputs_of
 from keysync_jax.train.logs import Logs
+from keysync_jax.train.mesh import mesh_of, rows_of
 from keysync_jax.train.preview import Preview
 from keysync_jax.train.sharding import (
     AnyStep,
     Run,
     jit_step,
-    make_mesh,
     place_batch,
     shardings,
     state_from,
@@ -78,7 +78,7 @@ def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Out
         is not finite, or a checkpoint cannot be saved or restored.
     """
     workdir = Path(workdir)
-    mesh = make_mesh(config.mesh, config.batch_size)
+    mesh = mesh_of(config)
     job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
     decided(lambda: settle_config(workdir, config, job.inputs))
     with ExitStack() as stack:
@@ -87,7 +87,7 @@ def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Out
         start = checkpoints.latest or 0
         if start >= config.steps:
             return Outcome(start)
-        loader = load(config, job.samples, jax.process_index(), jax.process_count(), start)
+        loader = load(config, job.samples, rows_of(mesh, config.batch_size), start)
         batches = stack.enter_context(closing(loader))
         session = _Session(job, mesh, checkpoints)
         state = session.first_state()

@@ -13,7 +13,8 @@ from keysync_jax.cli import main
 from keysync_jax.errors import UserError
 from keysync_jax.train.ahead import savings, step_ahead, step_shapes
 from keysync_jax.train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from keysync_jax.train.sharding import _jitted, make_mesh
+from keysync_jax.train.mesh import make_mesh
+from keysync_jax.train.sharding import _jitted
 from keysync_jax.train.step import init_state
 from tests.train.smallest_config import smallest
 
