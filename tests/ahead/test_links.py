@@ -16,6 +16,7 @@ CHIP = Chip(peak=1e9, bandwidth=1e6, hbm=2**30, link=1e3)
 @dataclass(frozen=True)
 class Device:
     coords: tuple[int, int, int]
+    slice_index: int | None = None
 
 
 LINE = [Device((x, 0, 0)) for x in range(4)]
@@ -156,3 +157,17 @@ def test_the_ends_of_a_long_side_are_neighbours_too() -> None:
     sheet = {"peak": 1e12, "bandwidth": 1e12, "hbm": 2**30, "link": 1e3}
     assert played(Program(text), Chip(**sheet), long).total.seconds == pytest.approx(15 * 32 / 1e3)
     assert played(Program(text), Chip(**sheet, ring=16), long).total.seconds == pytest.approx(15 * 32 / 2e3)
+
+
+def test_between_slices_there_is_the_network_alone() -> None:
+    """Slices have the same places, and their chips are no neighbours for that."""
+    two = [Device((x, 0, 0), number) for number in range(2) for x in range(2)]
+    chip = Chip(peak=1e12, bandwidth=1e12, hbm=2**30, link=1e3, dcn=10.0)
+    found = played(Program(LOOP), chip, two).traffic
+    # The sum of (0, 2) and (1, 3) goes between slices, as the one of all does.
+    assert "all-reduce" not in found
+    assert found["all-reduce (DCN)"].bytes == 400 + 2 * 3 / 4 * 400
+    assert found["all-reduce (DCN)"].seconds == pytest.approx((400 + 600) / 10)
+    within = played(Program(FUSIONS.replace("{{0,1,2,3}}", "{{0,1},{2,3}}")), chip, two)
+    assert list(within.traffic) == ["all-gather"]
+    assert within.total.seconds == pytest.approx(50 / 1e3)

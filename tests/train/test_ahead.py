@@ -82,6 +82,8 @@ def test_the_decoder_is_gathered_before_it_computes() -> None:
     [
         (["--topology", "v5e:2x2", "--workdir", "w"], "--topology goes with --dry-run"),
         (["--topology", "v5e:2x2", "--dry-run", "--devices", "4"], "both say how many devices there are"),
+        (["--slices", "2", "--dry-run"], "--slices goes with --topology"),
+        (["--slices", "2", "--workdir", "w"], "--slices goes with --dry-run --topology"),
     ],
 )
 def test_a_topology_is_for_the_dry_run(
