@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from keysync_jax.ahead.chips import Chip
-from keysync_jax.ahead.hlo import Computation, Instruction, Program, collective_of
+from keysync_jax.ahead.hlo import Computation, Instruction, Program, collective_of, transfer_of
 
 DCN = " (DCN)"
 """Ends the kind of a collective among chips of several slices."""
@@ -163,7 +163,7 @@ class _Player:
         now.left.subtract(key for key, _ in parts)
         for key, _ in parts:
             if now.left[key] == 0:
-                now.wait(now.ends[key])
+                now.wait(now.ends.get(key, 0.0))
 
     def _computing(self, inside: Computation, instruction: Instruction) -> float:
         step = self._program.step(inside, instruction)
@@ -177,6 +177,12 @@ class _Player:
         """Collectives that an instruction takes part in, by name; kind, bytes and seconds of those it has."""
         if (begun := self._program.begun_by(inside, instruction)) is not None:
             return [(begun, None)]
+        received = inside.instructions[instruction.operands[0]] if instruction.opcode == "recv-done" else None
+        if (transfer := transfer_of(received or instruction)) is not None:
+            if instruction.opcode == "recv":
+                return []
+            sent = None if received else self._over_dcn(inside, instruction, transfer.kind, transfer.slices)
+            return [(transfer.name, sent)]
         alone = instruction.opcode != "fusion"
         return [
             (instruction.name if alone else _channel(i), self._sent(where, i))
@@ -187,11 +193,23 @@ class _Player:
         kind = collective_of(collective.opcode)
         assert kind is not None
         size, links = self._links.group(collective, kind)
-        operands = [inside.instructions[name] for name in collective.operands]
-        sent = SENT[kind](size) * sum(a.bytes for operand in operands for a in operand.arrays)
         if links == 0:
-            return kind + DCN, sent, sent / self._chip.dcn if self._chip.dcn else 0.0
+            return self._over_dcn(inside, collective, kind, size)
+        sent = SENT[kind](size) * _operands(inside, collective)
         return kind, sent, sent / (links * self._chip.link) if self._chip.link else 0.0
+
+    def _over_dcn(
+        self, inside: Computation, collective: Instruction, kind: str, size: int
+    ) -> tuple[str, float, float]:
+        """The same among `size` chips or slices that the network joins; one chip of each slice sends."""
+        sent = SENT[kind](size) * _operands(inside, collective)
+        return kind + DCN, sent, sent / self._chip.dcn if self._chip.dcn else 0.0
+
+
+def _operands(inside: Computation, instruction: Instruction) -> float:
+    """Bytes of an instruction's operands."""
+    operands = [inside.instructions[name] for name in instruction.operands]
+    return sum(a.bytes for operand in operands if operand.opcode != "after-all" for a in operand.arrays)
 
 
 def _channel(collective: Instruction) -> str:

@@ -129,6 +129,32 @@ def test_loops_groups_and_turns_by_hand() -> None:
     assert played(Program(LOOP), CHIP, LINE).seconds == pytest.approx(0.4 + 1.0 + 0.6 + 0.016)
 
 
+SLICES = """\
+ENTRY %main (p: f32[25], q: f32[8]) -> f32[25] {
+  %p = f32[25]{0} parameter(0)
+  %q = f32[8]{0} parameter(1)
+  %t = token[] after-all()
+  %recv = (f32[25]{0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send = (f32[25]{0}, u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %swap = f32[8]{0} all-to-all(%q), channel_id=4, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %got = (f32[25]{0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %r = f32[25]{0} get-tuple-element(%got), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_slices_send_one_another() -> None:
+    """As libtpu 0.0.42 writes it: `send` and `recv` through the hosts, by the name of the collective."""
+    chip = Chip(peak=1e12, bandwidth=1e12, hbm=2**30, link=1e3, dcn=100.0)
+    found = played(Program(SLICES), chip, LINE)
+    # An all-reduce among four slices of 100 bytes a chip.
+    assert found.traffic["all-reduce (DCN)"].bytes == 2 * 3 / 4 * 100
+    assert found.traffic["all-reduce (DCN)"].seconds == pytest.approx(1.5)
+    assert found.traffic["all-to-all"].bytes == 16
+    assert found.seconds == pytest.approx(1.5 + 0.016)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
