@@ -102,8 +102,13 @@ def topology(name: str, slices: int = 1) -> Any:
 
     Raises:
       ModuleNotFoundError: libtpu is not installed.
-      UserError: libtpu knows no such machine, or could not be started.
+      UserError: it is no TPU's name, libtpu knows no such machine, or could not be started.
     """
+    if re.match(r"(v\d|tpu)", name) is None:
+        raise UserError(
+            f"cannot compile for the topology {name}: it is no TPU's (v5e:4x8, v5p:2x2x4, v6e:4x8 and so on); "
+            "--dry-run --devices N counts what a run keeps on any devices"
+        )
     require("libtpu")
     for variable, value in _WITHOUT_A_CHIP.items():
         os.environ.setdefault(variable, value)

@@ -20,7 +20,7 @@ from keysync_jax.nn.functional import bind, shapes
 from keysync_jax.nn.layers import Conv2d
 
 CLIPS, FRAMES, ROWS, WIDTH, HEADS = 4, 4, 4, 64, 2
-"""Sizes for which XLA's gradients of convolutions are wrong where kernels are left split: 16 times too large."""
+"""Sizes for which XLA's gradients of two convolutions are 16 times too large where kernels are left split."""
 BATCH = ("data", "fsdp")
 
 

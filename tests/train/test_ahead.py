@@ -101,6 +101,11 @@ def test_without_libtpu_the_extra_is_named(
     assert "keysync train --dry-run --topology needs libtpu" in capsys.readouterr().err
 
 
+def test_a_topology_is_of_tpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", CONFIG, "--dry-run", "--topology", "h100:8"]) == 2
+    assert "cannot compile for the topology h100:8: it is no TPU's (v5e:4x8," in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu (the extra tpu) is not installed")
 def test_the_smallest_step_for_four_chips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "step.json"
