@@ -106,7 +106,7 @@ def topology(name: str, slices: int = 1) -> Any:
     """
     if re.match(r"(v\d|tpu)", name) is None:
         raise UserError(
-            f"cannot compile for the topology {name}: it is no TPU's (v5e:4x8, v5p:2x2x4, v6e:4x8 and so on); "
+            f"cannot compile for the topology {name}: it is no TPU's (v5e:4x8, v5p:2x2x4, v6e:4x8 ...); "
             "--dry-run --devices N counts what a run keeps on any devices"
         )
     require("libtpu")
