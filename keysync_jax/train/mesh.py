@@ -80,7 +80,8 @@ def rows_of(mesh: Mesh, batch_size: int, process: int | None = None) -> list[int
       process: this one by default.
     """
     process = jax.process_index() if process is None else process
-    places = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((batch_size,))
+    placed = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((batch_size,))
+    places: dict[Any, tuple[slice, ...]] = {**placed}
     of_process = (index[0] for device, index in places.items() if device.process_index == process)
     return sorted({row for part in of_process for row in range(batch_size)[part]})
 

@@ -41,7 +41,10 @@ def test_what_does_not_fit_names_the_settings_that_would_help(monkeypatch: pytes
 
 def test_only_settings_that_are_not_so_yet_are_named() -> None:
     frugal = for_four(dtype="bf16", remat="layer", mesh=MeshConfig(data=1, fsdp=-1))
-    assert savings(frugal, 4) == ["more than 4 chips"]
+    assert savings(frugal, 4) == ["mesh.height=2 on 8 chips"]
+    assert savings(dataclasses.replace(frugal, mesh=MeshConfig(fsdp=-1, height=4)), 16) == [
+        "more than 16 chips"
+    ]
     lavish = dataclasses.replace(
         frugal, batch_size=8, loss=LossConfig(pixel="l2"), optimizer=OptimizerConfig(ema=0.99)
     )
