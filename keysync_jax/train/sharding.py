@@ -146,7 +146,7 @@ def place_batch(mesh: Mesh, batch: B) -> B:
     places = {row: place for place, row in enumerate(rows_of(mesh, each * parts))}
 
     def put(x: Any, sharding: NamedSharding) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             rows = range(each * parts)[index[0]]
             return np.asarray(x[places[rows[0]] : places[rows[-1]] + 1][:, *index[1:]])
 
