@@ -6,7 +6,7 @@ fewer bits unless they are told otherwise, so everything that computes networks 
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from keysync_jax.typing import Array
 
 PRECISIONS: dict[Dtype, str | None] = {"fp32": "highest", "tf32": "tensorfloat32", "bf16": None}
 """JAX's name of the precision of products, by dtype; None: the device's own."""
+
+HEIGHT = "height"
+"""Axis of a mesh that rows of pictures are split over. All others split the batch."""
 
 _FOLDER = "jax_compilation_cache_dir"
 _JAX_MIN_SECONDS = 1.0
@@ -37,7 +40,7 @@ def computing(dtype: Dtype) -> Iterator[None]:
 
 @contextmanager
 def tracing_for(mesh: Mesh) -> Iterator[None]:
-    """In a function under jit: what is traced in the block runs on this mesh, its batch split over all of it.
+    """In a function under jit: what is traced in the block runs on this mesh, its batch split over it.
 
     The devices need not be here: with those of a topology, a program is compiled for an absent machine.
     """
@@ -46,25 +49,44 @@ def tracing_for(mesh: Mesh) -> Iterator[None]:
 
 
 def batch_shards() -> int:
-    """Parts that the batch of the program being traced is split into; 1 outside of `tracing_for`.
+    """Parts that the batch of the program being traced is split into, its clips and their rows together.
 
-    Within a `jax.shard_map` the program sees the share of one device already.
+    1 outside of `tracing_for`. Within a `jax.shard_map` the program sees the share of one device already.
     """
+    return math.prod(_axes().values())
+
+
+def row_shards() -> int:
+    """Parts that the rows of every picture are split into, likewise."""
+    return _axes().get(HEIGHT, 1)
+
+
+def _axes() -> dict[str, int]:
+    """Sizes of the mesh's axes that the compiler splits arrays over."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(size for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
-def on_shards(run: Callable[..., Array], *arrays: Array) -> Array:
+def on_shards(run: Callable[..., Array], *arrays: Array, rows: Sequence[int | None] = ()) -> Array:
     """`run(*arrays)`, on every device with its part of the batch, which the arrays and the result begin with.
 
     For kernels, which the compiler cannot split by itself.
+
+    Args:
+      rows: the axis of each array that the rows of pictures are on, which are split over `HEIGHT`; None: each
+        device takes all of that array's clip. The result is split as the first array is. Not needed where
+        the mesh splits no rows.
     """
     if batch_shards() == 1:
         return run(*arrays)
-    # The batch is split over all axes; no axis of the mesh is left for the compiler to use inside.
-    spec = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
-    split = jax.shard_map(run, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)
-    return split(*arrays)
+    # No axis of the mesh is left for the compiler to use inside.
+    names = jax.sharding.get_abstract_mesh().axis_names
+    batch = tuple(name for name in names if name != HEIGHT)
+    specs = tuple(
+        PartitionSpec(batch) if axis is None else PartitionSpec(batch, *(None,) * (axis - 1), HEIGHT)
+        for axis in rows or (None,) * len(arrays)
+    )
+    return jax.shard_map(run, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def axis_size(name: str) -> int:

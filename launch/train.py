@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the dry run (v5e:4x8, v5p:2x2x4, ...): compile the step for these chips",
     )
     parser.add_argument(
+        "--slices", type=int, metavar="N", help="with --topology: so many of it, joined by their data centre"
+    )
+    parser.add_argument(
         "--multihost", action="store_true", help="join the other hosts, as the cluster's environment says"
     )
     parser.add_argument(
@@ -53,11 +56,13 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("--config is missing: the settings of the run, configs/*.py")
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
-        return _dry_run(config, arguments.devices, arguments.topology)
+        return _dry_run(config, arguments.devices, arguments.topology, arguments.slices)
     if arguments.devices is not None:
         raise UserError("--devices goes with --dry-run; a run takes all devices that are here")
     if arguments.topology is not None:
         raise UserError("--topology goes with --dry-run; a run takes the devices that are here")
+    if arguments.slices is not None:
+        raise UserError("--slices goes with --dry-run --topology")
     if arguments.workdir is None:
         raise UserError("--workdir is missing: the folder of the run")
     from keysync_jax.train.hosts import HostsLostError
@@ -101,11 +106,13 @@ def _train(config: AnyTrainConfig, arguments: argparse.Namespace, began: float) 
     return 128 + outcome.signal
 
 
-def _dry_run(config: AnyTrainConfig, devices: int | None, topology: str | None) -> int:
+def _dry_run(config: AnyTrainConfig, devices: int | None, topology: str | None, slices: int | None) -> int:
     """Prints what a run takes; for a topology also what its compiled step does on each chip."""
     from keysync_jax.train.dry_run import dry_run
 
     if topology is None:
+        if slices is not None:
+            raise UserError("--slices goes with --topology: how many such machines there are")
         print(dry_run(config, 1 if devices is None else devices).table())
         return 0
     if devices is not None:
@@ -114,7 +121,7 @@ def _dry_run(config: AnyTrainConfig, devices: int | None, topology: str | None) 
         from keysync_jax.ahead import chips, program
         from keysync_jax.train.ahead import step_ahead
 
-        here = chips.topology(topology).devices
+        here = chips.topology(topology, 1 if slices is None else slices).devices
     print(dry_run(config, len(here)).table(), end="\n\n", flush=True)
     print(program.table(step_ahead(config, here)))
     return 0

@@ -27,6 +27,7 @@ _FREE = {
 }  # fmt: skip
 _FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding"}
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-", "ragged-all")
+_BETWEEN_SLICES = ("send", "recv")
 _MOVES = {
     "copy", "copy-start", "slice-start", "transpose", "reshape", "convert", "pad", "concatenate", "slice",
     "reverse", "broadcast", "dynamic-slice", "dynamic-update-slice", "dynamic-slice-start", "bitcast",
@@ -394,6 +395,39 @@ def collective_of(opcode: str) -> str | None:
     return opcode.removesuffix("-start")
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """What slices of TPUs exchange over the data centre's network.
+
+    Attributes:
+      name: the same in the `send` and the `recv` that are its ends on a chip.
+      kind: of collective.
+      slices: of a group.
+    """
+
+    name: str
+    kind: str
+    slices: int
+
+
+def transfer_of(instruction: Instruction) -> Transfer | None:
+    """The exchange between slices that a `send` or a `recv` belongs to; None for everything else."""
+    if instruction.opcode not in _BETWEEN_SLICES:
+        return None
+    name = re.search(r'rendezvous="(([a-z-]+)[^"]*)"', instruction.attributes)
+    if name is None or "megascale" not in instruction.attributes:
+        return None
+    # "{1,2}x{0:3}": slices 1 and 2, chips 0 to 3 of each. A permutation lists pairs of chips instead.
+    group = re.search(r'megascale_target="\{([\d,:]+)\}x', instruction.attributes)
+    return Transfer(name.group(1), name.group(2), 2 if group is None else _numbers(group.group(1)))
+
+
+def _numbers(listed: str) -> int:
+    """How many numbers `1,2,5:7` lists."""
+    ends = [[int(n) for n in part.split(":")] for part in listed.split(",")]
+    return sum(end[-1] - end[0] + 1 for end in ends)
+
+
 def _passed_on(instruction: Instruction) -> tuple[set[int], set[int]]:
     """Numbers of the operands and of the results of a fusion that are the same memory."""
     found = re.search(r"output_to_operand_aliasing=\{(.*?\)\})", instruction.attributes)
@@ -409,7 +443,7 @@ def _is_free(instruction: Instruction) -> bool:
 
 
 def _kind(instruction: Instruction, inner: list[Instruction]) -> str:
-    if instruction.opcode.startswith(_COLLECTIVES):
+    if instruction.opcode.startswith(_COLLECTIVES) or instruction.opcode in _BETWEEN_SLICES:
         return "collectives"
     if any(i.opcode == "custom-call" and "AsyncCollective" in i.attributes for i in inner):
         return "collectives"

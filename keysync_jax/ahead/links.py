@@ -1,9 +1,9 @@
 """Collectives of a compiled program: what a chip sends, in what time, and how much of it the rest hides.
 
 The schedule is played by the roofline: every instruction takes the longer of computing and moving, a
-collective what its bytes take over the links of its group. One that is started early runs beside what comes
-until its end is asked for; only what is missing then is waited for. The links are one resource, which
-collectives use in turn.
+collective what its bytes take over the links of its group, or over the data centre's network (DCN) where a
+group's chips are in several slices. One that is started early runs beside what comes until its end is asked
+for; only what is missing then is waited for. Links and network are one resource, used by one at a time.
 """
 
 import re
@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from keysync_jax.ahead.chips import Chip
-from keysync_jax.ahead.hlo import Computation, Instruction, Program, collective_of
+from keysync_jax.ahead.hlo import Computation, Instruction, Program, collective_of, transfer_of
+
+DCN = " (DCN)"
+"""Ends the kind of a collective among chips of several slices."""
 
 SENT = {
     "all-gather": lambda n: n - 1,
@@ -68,7 +71,7 @@ class Played:
 
     Attributes:
       seconds: of one run, waiting for collectives included.
-      traffic: by kind of collective.
+      traffic: by kind of collective; those between slices apart, see `DCN`.
     """
 
     seconds: float
@@ -83,7 +86,7 @@ def played(program: Program, chip: Chip, devices: Sequence[Any]) -> Played:
     """Plays the schedule of a program that is compiled for a mesh.
 
     Args:
-      devices: the mesh's, in its order; they have `coords`.
+      devices: the mesh's, in its order; they have `coords`, and of several slices a `slice_index`.
     """
     return _Player(program, chip, _links_of(chip, devices)).run(program.entry)
 
@@ -160,7 +163,7 @@ class _Player:
         now.left.subtract(key for key, _ in parts)
         for key, _ in parts:
             if now.left[key] == 0:
-                now.wait(now.ends[key])
+                now.wait(now.ends.get(key, 0.0))
 
     def _computing(self, inside: Computation, instruction: Instruction) -> float:
         step = self._program.step(inside, instruction)
@@ -174,6 +177,12 @@ class _Player:
         """Collectives that an instruction takes part in, by name; kind, bytes and seconds of those it has."""
         if (begun := self._program.begun_by(inside, instruction)) is not None:
             return [(begun, None)]
+        received = inside.instructions[instruction.operands[0]] if instruction.opcode == "recv-done" else None
+        if (transfer := transfer_of(received or instruction)) is not None:
+            if instruction.opcode == "recv":
+                return []
+            sent = None if received else self._over_dcn(inside, instruction, transfer.kind, transfer.slices)
+            return [(transfer.name, sent)]
         alone = instruction.opcode != "fusion"
         return [
             (instruction.name if alone else _channel(i), self._sent(where, i))
@@ -184,9 +193,23 @@ class _Player:
         kind = collective_of(collective.opcode)
         assert kind is not None
         size, links = self._links.group(collective, kind)
-        operands = [inside.instructions[name] for name in collective.operands]
-        sent = SENT[kind](size) * sum(a.bytes for operand in operands for a in operand.arrays)
+        if links == 0:
+            return self._over_dcn(inside, collective, kind, size)
+        sent = SENT[kind](size) * _operands(inside, collective)
         return kind, sent, sent / (links * self._chip.link) if self._chip.link else 0.0
+
+    def _over_dcn(
+        self, inside: Computation, collective: Instruction, kind: str, size: int
+    ) -> tuple[str, float, float]:
+        """The same among `size` chips or slices that the network joins; one chip of each slice sends."""
+        sent = SENT[kind](size) * _operands(inside, collective)
+        return kind + DCN, sent, sent / self._chip.dcn if self._chip.dcn else 0.0
+
+
+def _operands(inside: Computation, instruction: Instruction) -> float:
+    """Bytes of an instruction's operands."""
+    operands = [inside.instructions[name] for name in instruction.operands]
+    return sum(a.bytes for operand in operands if operand.opcode != "after-all" for a in operand.arrays)
 
 
 def _channel(collective: Instruction) -> str:
@@ -196,31 +219,41 @@ def _channel(collective: Instruction) -> str:
 
 
 class _Links:
-    """Which chips are neighbours.
+    """Which chips are neighbours, and which are in one slice.
 
     Args:
       neighbours: bool `[N, N]`, over devices in the mesh's order.
+      slices: the number of each one's slice, `[N]`.
     """
 
-    def __init__(self, neighbours: np.ndarray):
-        self._neighbours = neighbours
+    def __init__(self, neighbours: np.ndarray, slices: np.ndarray):
+        self._neighbours, self._slices = neighbours, slices
 
     def group(self, collective: Instruction, kind: str) -> tuple[int, int]:
         """Chips of a group of a collective, and over how many links at once each of them can send.
 
-        The fewest of any chip; one where a group's chips are no neighbours, or one chip sends to one.
+        The fewest of any chip; one where a group's chips are no neighbours, or one chip sends to one; none
+        where a group has chips of several slices.
         """
         if kind == "collective-permute":
-            pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", collective.attributes)
-            found = re.findall(r"\{(\d+),(\d+)", pairs.group(0)) if pairs else []
-            return (2 if any(a != b for a, b in found) else 1), 1
+            listed = re.search(r"source_target_pairs=\{(.*?)\}\}", collective.attributes)
+            found = re.findall(r"\{(\d+),(\d+)", listed.group(0)) if listed else []
+            pairs = np.array([(int(a), int(b)) for a, b in found if a != b], int).reshape(-1, 2)
+            return (2 if len(pairs) else 1), int(self._in_one_slice(pairs))
         groups = groups_of(collective.attributes, len(self._neighbours))
+        if not self._in_one_slice(groups):
+            return groups.shape[1], 0
         within = [self._neighbours[np.ix_(g, g)].sum(1).min() for g in groups]
         return groups.shape[1], max(1, int(min(within)))
+
+    def _in_one_slice(self, groups: np.ndarray) -> bool:
+        slices = self._slices[groups]
+        return bool((slices == slices[:, :1]).all())
 
 
 def _links_of(chip: Chip, devices: Sequence[Any]) -> _Links:
     places = np.array([device.coords for device in devices])
+    slices = np.array([getattr(device, "slice_index", None) or 0 for device in devices])
     shape = places.max(0) - places.min(0) + 1
     sides = shape[shape > 1]
     if len(sides) == 3:
@@ -229,7 +262,7 @@ def _links_of(chip: Chip, devices: Sequence[Any]) -> _Links:
         rings = shape == chip.ring
     apart = np.abs(places[:, None] - places[None])
     apart = np.where(rings & (apart == shape - 1), 1, apart)
-    return _Links(apart.sum(-1) == 1)
+    return _Links((apart.sum(-1) == 1) & (slices[:, None] == slices), slices)
 
 
 def groups_of(attributes: str, devices: int) -> np.ndarray:

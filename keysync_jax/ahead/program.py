@@ -10,7 +10,7 @@ import jax
 
 from keysync_jax.ahead.chips import GIB, Chip, chip_of, first_line
 from keysync_jax.ahead.hlo import KINDS, Cost, Program, Step
-from keysync_jax.ahead.links import Played, Traffic, played
+from keysync_jax.ahead.links import DCN, Played, Traffic, played
 from keysync_jax.files import write_json
 
 FORMAT = "keysync-bench-aot-1"
@@ -72,13 +72,16 @@ class Ahead:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds that arithmetic, HBM and the links take, each alone."""
-        links = sum(traffic.seconds for traffic in self.traffic.values())
+        """Seconds that arithmetic, HBM, the links and the network between slices take, each alone."""
         bounds = {
             "arithmetic": self.total.flop / self.chip.peak,
             "HBM": self.total.hbm_bytes / self.chip.bandwidth,
         }
-        return bounds if self.played is None else {**bounds, "links": links}
+        if self.played is not None:
+            bounds["links"] = sum(t.seconds for kind, t in self.traffic.items() if not kind.endswith(DCN))
+        if any(kind.endswith(DCN) for kind in self.traffic):
+            bounds["DCN"] = sum(t.seconds for kind, t in self.traffic.items() if kind.endswith(DCN))
+        return bounds
 
 
 def compiled(lower: Callable[[], Any]) -> tuple[Any, float]:
@@ -181,11 +184,17 @@ def _sent(found: Ahead) -> list[str]:
     """Collectives by kind."""
     if not found.traffic:
         return []
-    lines = [f"{'sent by a chip':<20}{'count':>9}{'MB':>9}{'ms':>11}{'waited ms':>10}{'hidden':>13}"]
-    rows = {**found.traffic, "together": sum(found.traffic.values(), Traffic())}
+    lines = [f"{'sent by a chip':<24}{'count':>7}{'MB':>9}{'ms':>11}{'waited ms':>10}{'hidden':>13}"]
+    between = [kind for kind in found.traffic if kind.endswith(DCN)]
+    rows = {kind: found.traffic[kind] for kind in sorted(found.traffic, key=lambda kind: kind in between)}
+    if between:
+        rows["together on links"] = sum((t for kind, t in rows.items() if kind not in between), Traffic())
+        rows["together on DCN"] = sum((rows[kind] for kind in between), Traffic())
+    else:
+        rows["together"] = sum(found.traffic.values(), Traffic())
     for kind, t in rows.items():
         lines.append(
-            f"{kind:<20}{t.count:>9d}{t.bytes / 1e6:>9.4g}{1e3 * t.seconds:>11.3g}{1e3 * t.waited:>10.3g}"
+            f"{kind:<24}{t.count:>7d}{t.bytes / 1e6:>9.4g}{1e3 * t.seconds:>11.3g}{1e3 * t.waited:>10.3g}"
             f"{t.hidden:>13.0%}"
         )
     return lines
@@ -195,12 +204,11 @@ def _limits(found: Ahead) -> list[str]:
     """What bounds the time from below, and the schedule's own."""
     bounds = found.bounds
     alone = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in bounds.items())
-    alone = f"alone: {alone}"
+    limit = f"alone: {alone}; the limit: {max(bounds, key=lambda name: bounds[name])}"
     if found.played is None:
-        return [alone]
-    limit = max(bounds, key=lambda name: bounds[name])
+        return [limit]
     return [
-        f"{alone}; the limit: {limit}",
+        limit,
         f"as scheduled, every instruction by the roofline: {1e3 * found.played.seconds:.3g} ms, of which "
         f"{1e3 * found.played.total.waited:.3g} ms wait for the links",
     ]

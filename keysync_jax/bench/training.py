@@ -23,7 +23,8 @@ from keysync_jax.train.ahead import summary
 from keysync_jax.train.config import TrainConfig
 from keysync_jax.train.config_file import with_settings
 from keysync_jax.train.flops import batch_shapes, step_flops
-from keysync_jax.train.sharding import lowered_step, make_mesh, place, place_batch, shardings, state_from
+from keysync_jax.train.mesh import mesh_of
+from keysync_jax.train.sharding import lowered_step, place, place_batch, shardings, state_from
 from keysync_jax.train.start import perceptual_shapes, random_weights, vae_shapes
 from keysync_jax.train.step import init_state, make_stage, make_step
 
@@ -173,7 +174,7 @@ def measure_step(setting: Setting, repeats: int) -> Trained:
 
 
 def _measured(config: TrainConfig, where: tuple[str, str, str, int], repeats: int) -> Trained:
-    mesh = make_mesh(config.mesh, config.batch_size)
+    mesh = mesh_of(config)
     graphdef, wanted = shapes(make_stage(config))
     vae = vae_shapes(config) if config.loss.pixel != "none" else None
     judge = perceptual_shapes(config)

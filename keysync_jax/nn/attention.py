@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from keysync_jax.backend import batch_shards, on_shards, platform
+from keysync_jax.backend import batch_shards, on_shards, platform, row_shards
 from keysync_jax.typing import Array
 
 LONG = 1024
@@ -37,12 +37,20 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     """softmax(q k^T / sqrt(D)) v.
 
     Args:
-      query: `[B, N, heads, D]`.
+      query: `[B, ..., N, heads, D]`, with any number of axes of tokens.
       key, value: `[B, M, heads, D]`.
 
     Returns:
-      `[B, N, heads, D]`, in the query's dtype; the softmax is taken in fp32.
+      Like the query, in its dtype; the softmax is taken in fp32. Where pictures are split by their rows
+      (`backend.row_shards`), each device has its queries, the N of its rows, and all keys and values.
     """
+    if row_shards() > 1:
+        return on_shards(attention, query, key, value, rows=(query.ndim - 3, None, None))
+    return _attention(query.reshape(len(query), -1, *query.shape[-2:]), key, value).reshape(query.shape)
+
+
+def _attention(query: Array, key: Array, value: Array) -> Array:
+    """`attention` of `[B, N, heads, D]`."""
     if _has_long_halves(query, key):
         if platform() == "gpu" and query.shape[-1] <= CUDNN_WIDTH:
             return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
@@ -72,6 +80,8 @@ def attention_over_frames(query: Array, key: Array, value: Array, heads: int) ->
     Returns:
       `[B, T, N, C]`, in the query's dtype; the softmax is taken in fp32.
     """
+    if row_shards() > 1:
+        return on_shards(partial(attention_over_frames, heads=heads), query, key, value, rows=(2, 2, 2))
     b, t, n, c = query.shape
     if platform() == "tpu" and query.dtype == jnp.bfloat16 and b % batch_shards() == 0:
         from keysync_jax.nn.frame_attention import fits, frame_attention

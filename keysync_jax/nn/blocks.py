@@ -178,8 +178,8 @@ class BasicTransformerBlock(nnx.Module):
         return self.attn1(hidden.reshape(-1, *x.shape[2:])).reshape(x.shape)
 
     def _cross_attention(self, x: Array, key_value: KeyValue) -> Array:
-        query = self.norm2(x).reshape(len(x), -1, x.shape[-1])
-        return self.attn2(query, key_value).reshape(x.shape)
+        # Pixels stay apart from frames: they may be split over devices, which frames are not.
+        return self.attn2(self.norm2(x), key_value)
 
     def _after_silence(self, x: Array) -> Array:
         """What cross-attention adds to tokens of windows that have zero audio.

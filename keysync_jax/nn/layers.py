@@ -6,7 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax.sharding import PartitionSpec
 
+from keysync_jax.backend import row_shards
 from keysync_jax.nn.attention import attention, attention_over_frames
 from keysync_jax.typing import Array
 
@@ -75,6 +78,18 @@ class BatchNorm(nnx.Module):
         return (x - self.mean[...]) * factor + self.bias[...]
 
 
+def gathered_kernel(args: tuple[Any, ...], *, dtype: Any = None, **options: Any) -> Any:
+    """nnx's `promote_dtype` of a convolution's input, kernel and bias; whole kernels where rows are split.
+
+    XLA (of jaxlib 0.10.2) multiplies gradients of a convolution by the devices of an axis that its kernel and
+    its batch share where rows are split over another one.
+    """
+    x, kernel, *bias = promote_dtype(args, dtype=dtype, **options)
+    if row_shards() > 1:
+        kernel = jax.lax.with_sharding_constraint(kernel, PartitionSpec())
+    return x, kernel, *bias
+
+
 class Conv2d(nnx.Conv):
     """A convolution of `[N, H, W, C]` with torch's padding: the same number on both sides.
 
@@ -85,7 +100,14 @@ class Conv2d(nnx.Conv):
         self, in_dim: int, out_dim: int, size: int = 3, stride: int = 1, *, dtype: Any, rngs: nnx.Rngs
     ):
         super().__init__(
-            in_dim, out_dim, (size, size), strides=stride, padding=size // 2, dtype=dtype, rngs=rngs
+            in_dim,
+            out_dim,
+            (size, size),
+            strides=stride,
+            padding=size // 2,
+            dtype=dtype,
+            promote_dtype=gathered_kernel,
+            rngs=rngs,
         )
 
 
@@ -93,7 +115,15 @@ class ConvTime(nnx.Conv):
     """A convolution over time, torch's 3-D kernel (3, 1, 1), of `[B, T, H * W, C]`."""
 
     def __init__(self, in_dim: int, out_dim: int, *, dtype: Any, rngs: nnx.Rngs):
-        super().__init__(in_dim, out_dim, (3, 1), padding=((1, 1), (0, 0)), dtype=dtype, rngs=rngs)
+        super().__init__(
+            in_dim,
+            out_dim,
+            (3, 1),
+            padding=((1, 1), (0, 0)),
+            dtype=dtype,
+            promote_dtype=gathered_kernel,
+            rngs=rngs,
+        )
 
 
 def sinusoid(position: Array, dim: int, max_period: float = 10_000.0) -> Array:
@@ -172,7 +202,7 @@ class Attention(nnx.Module):
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def __call__(self, x: Array, key_value: KeyValue | None = None) -> Array:
-        """`[B, N, D]` -> `[B, N, D]`; attends to itself where no keys and values are given."""
+        """`[B, ..., N, D]` -> same; `[B, N, D]` attends to itself where no keys and values are given."""
         key, value = key_value or self.key_value(x)
         return self.to_out(attention(self._split(self.to_q(x)), key, value).reshape(x.shape))
 

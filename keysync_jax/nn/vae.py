@@ -12,7 +12,7 @@ from flax import nnx
 
 from keysync_jax.config import Remat, VAEConfig
 from keysync_jax.nn.blocks import ResnetBlock, SpatioTemporalResBlock
-from keysync_jax.nn.layers import Attention, Conv2d, ConvTime, GroupNorm, Record, Upsample
+from keysync_jax.nn.layers import Attention, Conv2d, ConvTime, GroupNorm, Record, Upsample, gathered_kernel
 from keysync_jax.nn.remat import recomputed
 from keysync_jax.typing import Array
 
@@ -176,7 +176,16 @@ class DownsampleRightBottom(nnx.Module):
     """3x3 convolution of stride 2 that pads the right and bottom edges by 1, the others not at all."""
 
     def __init__(self, dim: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(dim, dim, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
+        self.conv = nnx.Conv(
+            dim,
+            dim,
+            (3, 3),
+            strides=2,
+            padding=((0, 1), (0, 1)),
+            dtype=dtype,
+            promote_dtype=gathered_kernel,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Array) -> Array:
         return self.conv(x)

@@ -12,7 +12,8 @@ from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import VAEStep, make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes
-from keysync_jax.train.sharding import AnyStep, lowered_step, make_mesh
+from keysync_jax.train.mesh import HEIGHTS, mesh_of
+from keysync_jax.train.sharding import AnyStep, lowered_step
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage, make_step
 from keysync_jax.typing import Params
@@ -30,7 +31,7 @@ def step_ahead(config: AnyTrainConfig, devices: Sequence[Any], name: str = "step
     Raises:
       UserError: the mesh does not fit the devices or the batch, or the program not a chip's memory.
     """
-    mesh = make_mesh(config.mesh, config.batch_size, devices)
+    mesh = mesh_of(config, devices)
     step, params, batch = step_shapes(config)
     state = jax.eval_shape(lambda params: init_state(config, params), params)
     try:
@@ -68,17 +69,22 @@ def summary(config: AnyTrainConfig) -> str:
 def savings(config: AnyTrainConfig, devices: int) -> list[str]:
     """Settings that would take less memory than this run's, those that cost least first."""
     pixel = isinstance(config, TrainConfig) and config.loss.pixel != "none"
-    fsdp = devices if config.mesh.fsdp == -1 else config.mesh.fsdp
+    most = devices // config.mesh.height
+    fsdp = most if config.mesh.fsdp == -1 else config.mesh.fsdp
     tried = {
         "dtype=bf16": config.dtype != "bf16",
         "remat=block": config.remat == "none",
         "remat=layer": config.remat != "layer",
-        f"mesh.fsdp={devices}": fsdp < devices,
-        "a smaller batch_size with optimizer.accumulate": config.batch_size > devices,
+        f"mesh.fsdp={most}": fsdp < most,
+        "a smaller batch_size with optimizer.accumulate": config.batch_size > most,
         "optimizer.ema=0": config.optimizer.ema > 0,
         "loss.pixel=none": pixel,
     }
-    return [setting for setting, helps in tried.items() if helps] or [f"more than {devices} chips"]
+    height = 2 * config.mesh.height
+    more = f"more than {devices} chips"
+    if config.batch_size == most and height in HEIGHTS:
+        more = f"mesh.height={height} on {2 * devices} chips"
+    return [setting for setting, helps in tried.items() if helps] or [more]
 
 
 def _counted(devices: int, kind: str) -> str:

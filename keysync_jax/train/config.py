@@ -173,11 +173,13 @@ class MeshConfig:
       data, fsdp: sizes of the axes; -1: what is left. The batch is split over both.
       rules: (regular expression, axis name of each of the last dimensions, "" for none); the first
         that finds a parameter's path counts. A dimension that the axis does not divide is not split.
+      height: parts that the rows of every picture are split into, 1, 2 or 4: for more devices than clips.
     """
 
     data: int = -1
     fsdp: int = 1
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ((r".*", ("fsdp",)),)
+    height: int = 1
 
 
 @dataclass(frozen=True)

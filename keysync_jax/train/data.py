@@ -2,7 +2,7 @@
 
 Sample n of a run is a function of (seed, n) alone: the clips in the order of their epoch, datasets mixed
 by weight, say which clip, and a generator seeded with (seed, n) draws the rest. Row r of the batch of step
-s is sample s * batch_size + r, on however many processes, and whichever worker reads it.
+s is sample s * batch_size + r, whichever processes and workers read it.
 """
 
 import logging
@@ -186,29 +186,29 @@ class Samples:
 def make_loader(
     config: TrainConfig,
     datasets: Sequence[Dataset],
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
 ) -> grain.DatasetIterator[Batch]:
     """Batches of this process from step `start_step` on, up to `config.steps`; arrays are numpy's.
 
-    Each process gets its contiguous rows of the global batch. The same (seed, step) gives the same rows
-    on any number of processes and workers, and after a resume. Close the iterator where
-    `config.data.workers` is not 0.
+    The same (seed, step) gives the same rows on any number of processes and workers, and after a resume.
+    Close the iterator where `config.data.workers` is not 0.
+
+    Args:
+      rows: numbers of the rows of a global batch that are read (`mesh.rows_of`); all where None.
 
     Raises:
-      UserError: no usable clip, or the processes do not divide the batch.
+      UserError: no usable clip.
     """
     samples = Samples(config, datasets)
     log.info("%s", samples.usable.summary())
-    return load(config, samples, process_index, process_count, start_step)
+    return load(config, samples, rows, start_step)
 
 
 def load(
     config: AnyTrainConfig,
     samples: Callable[[int], B],
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
 ) -> grain.DatasetIterator[B]:
     """Batches of samples that are functions of their number; see `make_loader`.
@@ -216,12 +216,10 @@ def load(
     Args:
       samples: number -> a named tuple of arrays, which a batch stacks; picklable.
     """
-    if config.batch_size % process_count:
-        raise UserError(f"batch_size {config.batch_size} is not a multiple of the {process_count} processes")
-    rows = config.batch_size // process_count
+    rows = range(config.batch_size) if rows is None else rows
     numbers = (
         grain.MapDataset.range(start_step, config.steps)
-        .map(_Rows(config.batch_size, process_index * rows, rows))
+        .map(_Rows(config.batch_size, tuple(rows)))
         .map(_BatchOf(samples))
     )
     ahead = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
@@ -236,15 +234,13 @@ def load(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Numbers of this process's samples of a step."""
+    """Numbers of the samples of some rows of a step."""
 
     batch_size: int
-    first: int
-    count: int
+    rows: tuple[int, ...]
 
-    def __call__(self, step: int) -> range:
-        start = step * self.batch_size + self.first
-        return range(start, start + self.count)
+    def __call__(self, step: int) -> list[int]:
+        return [step * self.batch_size + row for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -253,7 +249,7 @@ class _BatchOf:
 
     samples: Callable[[int], Any]
 
-    def __call__(self, numbers: range) -> Any:
+    def __call__(self, numbers: Sequence[int]) -> Any:
         rows = [self.samples(number) for number in numbers]
         return type(rows[0])(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 

@@ -11,7 +11,8 @@ from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes, step_flops, vae_step_flops
-from keysync_jax.train.sharding import batch_sharding, bytes_per_device, make_mesh, shardings
+from keysync_jax.train.mesh import mesh_of
+from keysync_jax.train.sharding import batch_shardings, bytes_per_device, shardings
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
 from keysync_jax.typing import Params
@@ -106,7 +107,7 @@ def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
     if devices < 1:
         raise UserError(f"a dry run is for 1 device or more, not {devices}")
     # Shardings ask a mesh for its sizes alone, so one device can stand for all.
-    mesh = make_mesh(config.mesh, config.batch_size, [jax.devices("cpu")[0]] * devices)
+    mesh = mesh_of(config, [jax.devices("cpu")[0]] * devices)
     work = _stage_work(config) if isinstance(config, TrainConfig) else _vae_work(config)
     state = jax.eval_shape(lambda params: init_state(config, params), work.params)
     trees = {
@@ -121,8 +122,8 @@ def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
         for name, tree in trees.items()
         if tree
     ]
-    split = jax.tree.map(lambda _: batch_sharding(mesh), work.batch)
-    parts.append(Part("batch", _bytes(work.batch), bytes_per_device(work.batch, split)))
+    split = bytes_per_device(work.batch, batch_shardings(mesh, work.batch))
+    parts.append(Part("batch", _bytes(work.batch), split))
     return Plan(
         config=config,
         mesh=dict(mesh.shape),

@@ -33,6 +33,7 @@ from keysync_jax.train.flops import step_flops, vae_step_flops
 from keysync_jax.train.hosts import decided
 from keysync_jax.train.inputs import Inputs, inputs_of
 from keysync_jax.train.logs import Logs
+from keysync_jax.train.mesh import mesh_of, rows_of
 from keysync_jax.train.places import Mirror, logs_folder, run_folder
 from keysync_jax.train.preview import Preview
 from keysync_jax.train.scatter import state_from_slices
@@ -40,7 +41,6 @@ from keysync_jax.train.sharding import (
     AnyStep,
     Run,
     jit_step,
-    make_mesh,
     place_batch,
     shardings,
     state_from,
@@ -103,7 +103,7 @@ def train(
     workdir = run_folder(workdir)
     start = start or Start(time.time(), time.time(), ())
     first_process = jax.process_index() == 0
-    mesh = make_mesh(config.mesh, config.batch_size)
+    mesh = mesh_of(config)
     job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
     decided(lambda: settle_config(workdir, config, job.inputs))
     mirror = Mirror(workdir, first_process)
@@ -124,7 +124,7 @@ def train(
             hosts=list(dict.fromkeys(start.hosts)),
         )
         attempt.events.add("joined", at=start.joined)
-        loader = load(config, job.samples, jax.process_index(), jax.process_count(), done)
+        loader = load(config, job.samples, rows_of(mesh, config.batch_size), done)
         batches = stack.enter_context(closing(loader))
         session = _Session(job, mesh, checkpoints)
         state = session.first_state()

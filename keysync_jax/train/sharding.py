@@ -1,6 +1,6 @@
-"""Devices as a mesh of `data` x `fsdp`, and where every array of a run lies on it.
+"""Where every array of a run lies on its mesh.
 
-The batch is split over both axes. Parameters follow the config's ordered rules; what the optimizer and
+Parameters follow the config's ordered rules; what the optimizer and
 the moving average keep of a parameter lies as the parameter does. Models know nothing of the mesh:
 it is met at the edge of jit alone.
 """
@@ -12,16 +12,26 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey, KeyPath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, GetAttrKey, KeyPath
 
-from keysync_jax.backend import tracing_for
+from keysync_jax.backend import HEIGHT, tracing_for
 from keysync_jax.errors import UserError
 from keysync_jax.train.config import AnyTrainConfig, MeshConfig
+from keysync_jax.train.mesh import BATCH, rows_of
 from keysync_jax.train.step import Metrics, TrainState, init_state
 from keysync_jax.typing import Params
 
-AXES = ("data", "fsdp")
+ROWS = {
+    "mean": 2,
+    "logvar": 2,
+    "reference_mean": 2,
+    "reference_logvar": 2,
+    "mask": 2,
+    "frame": 1,
+    "mouth": 1,
+}
+"""Arrays of a batch that have pictures, by name: which of their axes the rows are."""
 
 B = TypeVar("B")
 
@@ -41,42 +51,6 @@ class AnyStep(Protocol):
 Run = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-def make_mesh(config: MeshConfig, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run.
-
-    Devices are laid out in process order, so process i feeds the i-th part of every batch.
-
-    Args:
-      batch_size: samples of a step, clips or a VAE's frames, over all devices.
-      devices: all of all processes by default.
-
-    Raises:
-      UserError: the sizes do not give the number of devices, or do not divide the batch.
-    """
-    devices = jax.devices() if devices is None else devices
-    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-    data, fsdp = _sizes(config, len(devices))
-    if batch_size % len(devices):
-        raise UserError(
-            f"batch_size: {batch_size} samples cannot be split evenly over "
-            f"{data} (mesh.data) x {fsdp} (mesh.fsdp) devices"
-        )
-    return Mesh(np.array(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
-
-
-def _sizes(config: MeshConfig, devices: int) -> tuple[int, int]:
-    """Both sizes, -1 filled in."""
-    asked = f"mesh.data={config.data}, mesh.fsdp={config.fsdp}"
-    sizes = [config.data, config.fsdp]
-    if any(size < 1 and size != -1 for size in sizes) or sizes == [-1, -1]:
-        raise UserError(f"{asked}: each must be 1 or more, and one of them may be -1 for what is left")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
-    if math.prod(sizes) != devices:
-        raise UserError(f"{asked}: such a mesh does not fit the {devices} devices that are here")
-    return sizes[0], sizes[1]
-
-
 def check_rules(config: MeshConfig) -> None:
     """Refuses rules that are no regular expression or name an axis that the mesh does not have."""
     for pattern, axes in config.rules:
@@ -85,7 +59,7 @@ def check_rules(config: MeshConfig) -> None:
         except re.error as error:
             raise UserError(f"mesh.rules: {pattern!r} is not a regular expression ({error})") from None
         for axis in axes:
-            if axis not in ("", *AXES):
+            if axis not in ("", *BATCH):
                 raise UserError(f"mesh.rules: {pattern!r} names the axis {axis!r}; there are data and fsdp")
         if len(named := [a for a in axes if a]) != len(set(named)):
             raise UserError(f"mesh.rules: {pattern!r} names an axis for two dimensions")
@@ -120,9 +94,20 @@ def shardings(mesh: Mesh, config: MeshConfig, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every array of a batch: its first axis is split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+def batch_shardings(mesh: Mesh, batch: Any) -> Any:
+    """The sharding of every array of a batch: samples over `data` and `fsdp`, rows of pictures over `height`.
+
+    Args:
+      batch: arrays or shapes, in a named tuple whose pictures `ROWS` names.
+    """
+
+    def sharding(keys: KeyPath, x: Any) -> NamedSharding:
+        name = keys[-1].name if keys and isinstance(keys[-1], GetAttrKey) else ""
+        axis = ROWS.get(name, 0)
+        split = axis and x.shape[axis] and x.shape[axis] % mesh.shape[HEIGHT] == 0
+        return NamedSharding(mesh, PartitionSpec(BATCH, *(None,) * (axis - 1), *(HEIGHT,) * bool(split)))
+
+    return jax.tree_util.tree_map_with_path(sharding, batch)
 
 
 def bytes_per_device(tree: Any, placed: Any) -> int:
@@ -150,9 +135,24 @@ def place(tree: Any, placed: Any) -> Any:
 
 
 def place_batch(mesh: Mesh, batch: B) -> B:
-    """This process's rows of a batch (numpy), as its part of the global one."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    """This process's rows of a batch, as its part of the global one.
+
+    Args:
+      batch: numpy arrays `[rows, ...]`: the rows of `mesh.rows_of`, whole pictures.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH)
+    # A process has as many rows of each part of the batch that it holds.
+    each = len(jax.tree.leaves(batch)[0]) // len(rows_of(mesh, parts))
+    places = {row: place for place, row in enumerate(rows_of(mesh, each * parts))}
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            rows = range(each * parts)[index[0]]
+            return np.asarray(x[places[rows[0]] : places[rows[-1]] + 1][:, *index[1:]])
+
+        return jax.make_array_from_callback((each * parts, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch, batch_shardings(mesh, batch))
 
 
 def state_from(mesh: Mesh, config: AnyTrainConfig, params: Params) -> TrainState:
@@ -174,7 +174,7 @@ def jit_step(mesh: Mesh, step: AnyStep, state: TrainState) -> Run:
       state: the run's, or its shapes.
 
     Returns:
-      `run(state, batch)` for arrays that lie as `shardings` and `batch_sharding` say.
+      `run(state, batch)` for arrays that lie as `shardings` and `batch_shardings` say.
     """
     jitted, placed = _jitted(mesh, step, state)
     aids = place(jax.tree.map(np.asarray, step.aids), placed)
@@ -193,6 +193,8 @@ def lowered_step(mesh: Mesh, step: AnyStep, state: TrainState, batch: Any) -> An
       state, batch: shapes.
     """
     jitted, _ = _jitted(mesh, step, state)
+    placed = batch_shardings(mesh, batch)
+    batch = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, placed)
     return jitted.lower(state, step.aids, batch)
 
 
@@ -209,7 +211,7 @@ def _jitted(mesh: Mesh, step: AnyStep, state: TrainState) -> tuple[Any, Any]:
 
     jitted = jax.jit(
         apply,
-        in_shardings=(placed, aids, batch_sharding(mesh)),
+        in_shardings=(placed, aids, None),  # The batch stays as it lies.
         out_shardings=(placed, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )

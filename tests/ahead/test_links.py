@@ -16,6 +16,7 @@ CHIP = Chip(peak=1e9, bandwidth=1e6, hbm=2**30, link=1e3)
 @dataclass(frozen=True)
 class Device:
     coords: tuple[int, int, int]
+    slice_index: int | None = None
 
 
 LINE = [Device((x, 0, 0)) for x in range(4)]
@@ -128,6 +129,32 @@ def test_loops_groups_and_turns_by_hand() -> None:
     assert played(Program(LOOP), CHIP, LINE).seconds == pytest.approx(0.4 + 1.0 + 0.6 + 0.016)
 
 
+SLICES = """\
+ENTRY %main (p: f32[25], q: f32[8]) -> f32[25] {
+  %p = f32[25]{0} parameter(0)
+  %q = f32[8]{0} parameter(1)
+  %t = token[] after-all()
+  %recv = (f32[25]{0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send = (f32[25]{0}, u32[], token[]) send(%p, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.7_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %swap = f32[8]{0} all-to-all(%q), channel_id=4, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %got = (f32[25]{0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %r = f32[25]{0} get-tuple-element(%got), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_slices_send_one_another() -> None:
+    """As libtpu 0.0.42 writes it: `send` and `recv` through the hosts, by the name of the collective."""
+    chip = Chip(peak=1e12, bandwidth=1e12, hbm=2**30, link=1e3, dcn=100.0)
+    found = played(Program(SLICES), chip, LINE)
+    # An all-reduce among four slices of 100 bytes a chip.
+    assert found.traffic["all-reduce (DCN)"].bytes == 2 * 3 / 4 * 100
+    assert found.traffic["all-reduce (DCN)"].seconds == pytest.approx(1.5)
+    assert found.traffic["all-to-all"].bytes == 16
+    assert found.seconds == pytest.approx(1.5 + 0.016)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
@@ -156,3 +183,17 @@ def test_the_ends_of_a_long_side_are_neighbours_too() -> None:
     sheet = {"peak": 1e12, "bandwidth": 1e12, "hbm": 2**30, "link": 1e3}
     assert played(Program(text), Chip(**sheet), long).total.seconds == pytest.approx(15 * 32 / 1e3)
     assert played(Program(text), Chip(**sheet, ring=16), long).total.seconds == pytest.approx(15 * 32 / 2e3)
+
+
+def test_between_slices_there_is_the_network_alone() -> None:
+    """Slices have the same places, and their chips are no neighbours for that."""
+    two = [Device((x, 0, 0), number) for number in range(2) for x in range(2)]
+    chip = Chip(peak=1e12, bandwidth=1e12, hbm=2**30, link=1e3, dcn=10.0)
+    found = played(Program(LOOP), chip, two).traffic
+    # The sum of (0, 2) and (1, 3) goes between slices, as the one of all does.
+    assert "all-reduce" not in found
+    assert found["all-reduce (DCN)"].bytes == 400 + 2 * 3 / 4 * 400
+    assert found["all-reduce (DCN)"].seconds == pytest.approx((400 + 600) / 10)
+    within = played(Program(FUSIONS.replace("{{0,1,2,3}}", "{{0,1},{2,3}}")), chip, two)
+    assert list(within.traffic) == ["all-gather"]
+    assert within.total.seconds == pytest.approx(50 / 1e3)

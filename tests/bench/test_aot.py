@@ -81,6 +81,7 @@ def test_the_table_says_whether_it_fits() -> None:
         cost, dict.fromkeys(KINDS, 1e-3), dict.fromkeys(KINDS, 5e8), [],
     )  # fmt: skip
     text = table(made)
+    assert "alone: arithmetic 35.5 ms, HBM 8.55 ms; the limit: arithmetic" in text
     assert "does not fit in 16 GiB" in text
     assert [line.split() for line in text.splitlines() if line.startswith("all")] == [
         ["all", "7", "14", "7", "3.5", "7"]

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from keysync_jax.train.config import MeshConfig, OptimizerConfig, TrainConfig
+from keysync_jax.train.mesh import make_mesh
 from keysync_jax.train.sharding import (
     _jitted,
     bytes_per_device,
-    make_mesh,
     place_batch,
     shardings,
     state_from,

@@ -13,7 +13,8 @@ from keysync_jax.cli import main
 from keysync_jax.errors import UserError
 from keysync_jax.train.ahead import savings, step_ahead, step_shapes
 from keysync_jax.train.config import LossConfig, MeshConfig, OptimizerConfig, TrainConfig
-from keysync_jax.train.sharding import _jitted, make_mesh
+from keysync_jax.train.mesh import make_mesh
+from keysync_jax.train.sharding import _jitted
 from keysync_jax.train.step import init_state
 from tests.train.smallest_config import smallest
 
@@ -40,7 +41,10 @@ def test_what_does_not_fit_names_the_settings_that_would_help(monkeypatch: pytes
 
 def test_only_settings_that_are_not_so_yet_are_named() -> None:
     frugal = for_four(dtype="bf16", remat="layer", mesh=MeshConfig(data=1, fsdp=-1))
-    assert savings(frugal, 4) == ["more than 4 chips"]
+    assert savings(frugal, 4) == ["mesh.height=2 on 8 chips"]
+    assert savings(dataclasses.replace(frugal, mesh=MeshConfig(fsdp=-1, height=4)), 16) == [
+        "more than 16 chips"
+    ]
     lavish = dataclasses.replace(
         frugal, batch_size=8, loss=LossConfig(pixel="l2"), optimizer=OptimizerConfig(ema=0.99)
     )
@@ -81,6 +85,8 @@ def test_the_decoder_is_gathered_before_it_computes() -> None:
     [
         (["--topology", "v5e:2x2", "--workdir", "w"], "--topology goes with --dry-run"),
         (["--topology", "v5e:2x2", "--dry-run", "--devices", "4"], "both say how many devices there are"),
+        (["--slices", "2", "--dry-run"], "--slices goes with --topology"),
+        (["--slices", "2", "--workdir", "w"], "--slices goes with --dry-run --topology"),
     ],
 )
 def test_a_topology_is_for_the_dry_run(
@@ -96,6 +102,11 @@ def test_without_libtpu_the_extra_is_named(
     monkeypatch.setattr("keysync_jax.extras.find_spec", lambda _: None)
     assert main(["train", "--config", CONFIG, "--dry-run", "--topology", "v5e:2x2"]) == 2
     assert "keysync train --dry-run --topology needs libtpu" in capsys.readouterr().err
+
+
+def test_a_topology_is_of_tpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", CONFIG, "--dry-run", "--topology", "h100:8"]) == 2
+    assert "cannot compile for the topology h100:8: it is no TPU's (v5e:4x8," in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu (the extra tpu) is not installed")

@@ -28,7 +28,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_dataset(tmp_path_factory.mktemp("data") / "dataset", CLIPS)
 
 
-def take(config: TrainConfig, datasets: list[Dataset], count: int, **place: int) -> list[Batch]:
+def take(config: TrainConfig, datasets: list[Dataset], count: int, **place: Any) -> list[Batch]:
     loader = make_loader(config, datasets, **place)
     try:
         return [next(loader) for _ in range(count)]
@@ -64,14 +64,15 @@ def test_shapes_and_types(dataset: Dataset) -> None:
         }
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_the_global_batch_does_not_depend_on_processes(dataset: Dataset, processes: int) -> None:
     config = train_config(data={"flip": 0.5, "audio_noise": 0.1})
     whole = take(config, [dataset], 3)
-    parts = [take(config, [dataset], 3, process_index=i, process_count=processes) for i in range(processes)]
-    for step, expected in enumerate(whole):
-        rows = [part[step] for part in parts]
-        assert_same(Batch(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True))), expected)
+    # Rows of a process need not lie together, and another one may read them as well.
+    rows = [[*range(i, 8, processes), (i + 1) % 8] for i in range(processes)]
+    for own in rows:
+        for found, expected in zip(take(config, [dataset], 3, rows=own), whole, strict=True):
+            assert_same(found, Batch(*(array[own] for array in expected)))
 
 
 def test_a_resumed_run_reads_the_same_batches(dataset: Dataset) -> None:
@@ -165,11 +166,6 @@ def test_no_usable_clip_is_an_error(dataset: Dataset, tmp_path: Path) -> None:
         make_loader(train_config(), [])
 
 
-def test_processes_must_divide_the_batch(dataset: Dataset) -> None:
-    with pytest.raises(UserError, match="batch_size 8 is not a multiple of the 3 processes"):
-        make_loader(train_config(), [dataset], 0, 3)
-
-
 def test_datasets_come_by_their_weights(dataset: Dataset, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", [30], number=7)
     data = {"paths": ("a", "b"), "weights": (1.0, 3.0)}
@@ -241,10 +237,9 @@ def test_pitch_is_a_function_of_seed_and_step(voices: Dataset) -> None:
     whole = take(config, [voices], 4)
     for found, expected in zip(take(config, [voices], 2, start_step=2), whole[2:], strict=True):
         assert_same(found, expected)
-    parts = [take(config, [voices], 4, process_index=i, process_count=2) for i in range(2)]
-    for step, expected in enumerate(whole):
-        rows = [part[step] for part in parts]
-        assert_same(Batch(*(np.concatenate(arrays) for arrays in zip(*rows, strict=True))), expected)
+    for rows in (range(4), range(4, 8)):
+        for found, expected in zip(take(config, [voices], 4, rows=rows), whole, strict=True):
+            assert_same(found, Batch(*(array[list(rows)] for array in expected)))
 
 
 def test_without_pitch_shifted_voices_change_nothing(dataset: Dataset, voices: Dataset) -> None:

@@ -14,8 +14,8 @@ from flax import nnx
 
 from keysync_jax.data.records import Dataset
 from keysync_jax.train import preview as preview_module
+from keysync_jax.train.mesh import make_mesh
 from keysync_jax.train.preview import Preview
-from keysync_jax.train.sharding import make_mesh
 from keysync_jax.train.start import load_vae
 from keysync_jax.train.step import TrainState
 from tests.train.smallest_config import smallest

@@ -17,18 +17,19 @@ from keysync_jax.config import StageConfig, UNetConfig
 from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.config import MeshConfig, TrainConfig
+from keysync_jax.train.mesh import make_mesh
 from keysync_jax.train.sharding import (
-    batch_sharding,
+    batch_shardings,
     bytes_per_device,
     check_rules,
-    make_mesh,
     shardings,
     spec,
 )
 from keysync_jax.train.step import init_state, make_stage
-from tests.train.tiny_training import CPU_FLAGS, train_config
+from tests.train.tiny_training import CPU_FLAGS, batch, train_config
 
-MESHES = ("1,1", "8,1", "2,4", "1,8")
+MESHES = ("1,1", "2,2,2", "4,1,2", "1,4")
+"""Of 4 clips."""
 
 
 def fake(data: int, fsdp: int) -> Any:
@@ -36,10 +37,13 @@ def fake(data: int, fsdp: int) -> Any:
     return make_mesh(MeshConfig(data, fsdp), data * fsdp, [jax.devices()[0]] * (data * fsdp))
 
 
-def test_losses_are_the_single_devices_and_memory_is_shared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_are_the_single_devices_and_memory_is_shared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved = tmp_path / "checkpoints"
     flags = f"--xla_force_host_platform_device_count=8 {CPU_FLAGS}"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.mesh_worker", *MESHES],
+        [sys.executable, "-m", "tests.train.mesh_worker", "--clips", "4", "--saved", str(saved), *MESHES],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -60,9 +64,15 @@ def test_losses_are_the_single_devices_and_memory_is_shared(capsys: pytest.Captu
             assert error < 1e-5
             assert mesh["bytes"] == mesh["measured"]
     # What no axis divides (output convolution, mixing factors, counters) is 0.3 % of so small a network.
-    assert found["8,1"]["bytes"] == single["bytes"]
-    assert found["2,4"]["bytes"] == pytest.approx(single["bytes"] / 4, rel=0.01)
-    assert found["1,8"]["bytes"] == pytest.approx(single["bytes"] / 8, rel=0.02)
+    assert found["2,2,2"]["bytes"] == pytest.approx(single["bytes"] / 2, rel=0.01)
+    assert found["4,1,2"]["bytes"] == single["bytes"]
+    assert found["1,4"]["bytes"] == pytest.approx(single["bytes"] / 4, rel=0.01)
+    # The checkpoint of 2,2,2 has every array once, and any mesh goes on from it.
+    assert "resumed" not in found["2,2,2"]
+    stored = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    assert 0.5 * single["bytes"] < stored < 1.05 * single["bytes"]
+    for name in ("4,1,2", "1,4"):
+        np.testing.assert_allclose(found[name]["resumed"], single["losses"][3:], rtol=1e-5)
 
 
 def test_the_first_rule_that_finds_a_path_counts() -> None:
@@ -89,7 +99,7 @@ def test_everything_kept_of_a_parameter_lies_as_it_does() -> None:
     assert [k.spec for k in kernels] == [PartitionSpec(None, "fsdp")] * 3
     assert placed.frozen["x.time_mixer.mix_factor"].spec == PartitionSpec(None)
     assert placed.step.spec == adam.count.spec == PartitionSpec()
-    assert batch_sharding(mesh).spec == PartitionSpec(("data", "fsdp"))
+    assert batch_shardings(mesh, batch(config)).audio.spec == PartitionSpec(("data", "fsdp"))
     assert bytes_per_device(state.params, placed.params) == 3 * 16 * 4 // 8
 
 
@@ -114,6 +124,10 @@ def test_full_size_on_eight_devices_is_an_eighth(capsys: pytest.CaptureFixture[s
         (MeshConfig(-1, 16), 8, "does not fit the 8 devices"),
         (MeshConfig(-1, -1), 8, "one of them may be -1"),
         (MeshConfig(0, 8), 8, "each must be 1 or more"),
+        (MeshConfig(), 4, r"4 samples cannot be split .*; mesh\.height=2 or 4 splits a clip"),
+        (MeshConfig(height=3), 8, r"mesh\.height must be 1, 2 or 4, not 3"),
+        (MeshConfig(2, 4, height=2), 8, r"fsdp=4, mesh\.height=2: such a mesh does not fit the 8 devices"),
+        (MeshConfig(2, -1, height=2), 8, r"mesh\.height=2 is for one sample a device of 2 .* x 2 .*, not 2"),
         (MeshConfig(2, -1), 12, r"batch_size: 12 samples cannot be split evenly over 2 .* x 4 .* devices"),
     ],
 )
@@ -124,8 +138,9 @@ def test_meshes_that_do_not_fit(config: MeshConfig, batch_size: int, message: st
 
 def test_minus_one_is_what_is_left() -> None:
     devices = [jax.devices()[0]] * 8
-    assert dict(make_mesh(MeshConfig(-1, 2), 8, devices).shape) == {"data": 4, "fsdp": 2}
-    assert dict(make_mesh(MeshConfig(2, -1), 8, devices).shape) == {"data": 2, "fsdp": 4}
+    assert dict(make_mesh(MeshConfig(-1, 2), 8, devices).shape) == {"data": 4, "fsdp": 2, "height": 1}
+    assert dict(make_mesh(MeshConfig(2, -1), 8, devices).shape) == {"data": 2, "fsdp": 4, "height": 1}
+    assert dict(make_mesh(MeshConfig(height=4), 2, devices).shape) == {"data": 2, "fsdp": 1, "height": 4}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from keysync_jax.train.checkpoint import read_config, settle_config
 from keysync_jax.train.config import MeshConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.config_file import load_config
 from keysync_jax.train.dry_run import dry_run
-from keysync_jax.train.sharding import make_mesh
+from keysync_jax.train.mesh import make_mesh
 
 NAMES = ("keyframe", "interpolation", "keyframe_tiny", "interpolation_tiny")
 
