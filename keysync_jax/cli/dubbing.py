@@ -7,7 +7,9 @@ from keysync_jax.cli.common import (
     Commands,
     add_allow_download,
     add_devices,
+    add_guidance_interval,
     fetch_models,
+    intervals,
     keep_compiled_programs,
 )
 from keysync_jax.errors import UserError
@@ -90,6 +92,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batch of windows a device, at most (default: 1; as many as fit with --memory fast)",
     )
+    add_guidance_interval(parser)
     add_devices(parser)
 
 
@@ -101,8 +104,11 @@ def _warm(arguments: argparse.Namespace) -> int:
 
     if arguments.seconds <= 0:
         raise UserError(f"a voice lasts more than {arguments.seconds:g} seconds")
+    audio, identity = intervals(arguments)
     settings = DubSettings(
         steps=arguments.steps,
+        audio_interval=audio,
+        identity_interval=identity,
         dtype=arguments.dtype,
         memory=arguments.memory,
         windows_per_call=arguments.windows_per_call,
@@ -119,6 +125,7 @@ def _dub(arguments: argparse.Namespace) -> int:
     keep_compiled_programs()
     from keysync_jax.pipeline.dub import DubSettings, dub
 
+    audio, identity = intervals(arguments)
     settings = DubSettings(
         landmarks=arguments.landmarks,
         landmark_model=arguments.landmark_model,
@@ -126,6 +133,8 @@ def _dub(arguments: argparse.Namespace) -> int:
         occluder=arguments.occluder,
         identity=arguments.identity,
         steps=arguments.steps,
+        audio_interval=audio,
+        identity_interval=identity,
         seed=arguments.seed,
         dtype=arguments.dtype,
         quality=arguments.quality,

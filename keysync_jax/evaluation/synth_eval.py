@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keysync_jax.config import GuidanceConfig, MaskKind
+from keysync_jax.config import GuidanceConfig, Interval, MaskKind, to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation.pairs import Pair, clips_digest, dubs_digest, read_mouths
 from keysync_jax.files import settle, write_json
@@ -32,6 +32,7 @@ class EvalSettings:
       seconds: length of each.
       seed: of the world.
       ablations: measure variants of guidance, another mask and occlusion too, on `ablation_clips` pairs each.
+      intervals: measure the model's guidance in intervals of noise levels too, on as many pairs.
       devices: of this host that share the work; all of them where None.
     """
 
@@ -40,6 +41,7 @@ class EvalSettings:
     seed: int = 1_000_003
     ablations: bool = False
     ablation_clips: int = 8
+    intervals: bool = False
     devices: int | None = None
 
     def __post_init__(self) -> None:
@@ -244,6 +246,18 @@ VARIANTS = {
 }
 
 
+GUIDED: dict[str, tuple[Interval | None, Interval | None]] = {
+    "guidance at 1.5-8": ((1.5, 8), (1.5, 8)),
+    "guidance at 0.9-8": ((0.9, 8), (0.9, 8)),
+    "guidance at 1.5-16": ((1.5, 16), (1.5, 16)),
+    "guidance at 1.5-700": ((1.5, 700), (1.5, 700)),
+    "audio only at 1.5-8": ((1.5, 8), None),
+    "identity only at 1.5-8": (None, (1.5, 8)),
+    "audio at 1.5-16, identity off": ((1.5, 16), (0, 0)),
+}
+"""Rows of the sweep -> intervals of the audio's scale and of the identity's (None: all levels)."""
+
+
 def evaluate(
     model: Model,
     output: str | Path,
@@ -284,6 +298,9 @@ def evaluate(
     models = {name: guided(model, guidance) for name, guidance in variants.items()}
     if settings.ablations:
         models["mouth mask"] = masked(model, "mouth")
+    if settings.intervals:
+        scales = model.config.guidance
+        models |= {name: guided(model, scales.within(*each)) for name, each in GUIDED.items()}
     models |= others
     if models and len(few) < len(pairs):
         with phases.phase(SAME_CLIPS, 2 * len(few), "dubs") as advance:
@@ -310,6 +327,7 @@ def _check_names(names: Iterable[str]) -> None:
         SETTINGS,
         SCORES,
         *VARIANTS,
+        *GUIDED,
         *OCCLUDED,
     }
     for name in names:
@@ -360,8 +378,10 @@ def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
 def identity(model: Model) -> dict[str, Any]:
     """Which model it is, whatever the code; JSON can hold it."""
     config = model.config
-    settings = {"guidance": asdict(config.guidance), "mask": config.mask, "steps": config.steps}
-    return {"files": dict(model.hashes), **settings}
+    guidance = {name: value for name, value in to_dict(config.guidance).items() if value is not None}
+    settings = {"guidance": guidance, "mask": config.mask, "steps": config.steps}
+    sigmas = {"sigmas": list(config.sigmas)} if config.sigmas else {}
+    return {"files": dict(model.hashes), **settings, **sigmas}
 
 
 def report(scores: Mapping[str, Scores]) -> str:

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, ModelConfig, StageKind
-from keysync_jax.diffusion.schedule import align_your_steps
+from keysync_jax.config import Dtype, GuidanceConfig, Interval, ModelConfig, StageKind, to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
 from keysync_jax.media.composite import paste
@@ -38,7 +37,7 @@ from keysync_jax.pipeline.latents import decode_frames, encode_frames
 from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.pipeline.programs import Compiling, programs
-from keysync_jax.pipeline.sampling import guidance_of
+from keysync_jax.pipeline.sampling import guidance_of, sigmas_of
 from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
 from keysync_jax.pipeline.windows import FRAMES, merge_windows
 from keysync_jax.pipeline.workspace import ResumableArray, Workspace
@@ -63,6 +62,8 @@ class DubSettings:
         is (eq. 7).
       identity: what shows the networks who it is (`pipeline.identity`).
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
+      audio_interval, identity_interval: noise levels at which the samples are guided by each; the model's own
+        (the paper's: all of them) where None. Fewer take less time.
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
       quality: constant rate factor of the video, 0 (lossless) to 51.
@@ -80,6 +81,8 @@ class DubSettings:
     occluder: Path | None = None
     identity: str = "first"
     steps: int | None = None
+    audio_interval: Interval | None = None
+    identity_interval: Interval | None = None
     seed: int = 0
     dtype: Dtype | None = None
     quality: int = 16
@@ -98,6 +101,19 @@ class DubSettings:
         if self.windows_per_call is not None and self.windows_per_call < 1:
             raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
         check_count(self.devices)
+
+    def guidance(self, config: GuidanceConfig) -> GuidanceConfig:
+        """A model's guidance in the intervals that are asked for.
+
+        Raises:
+          UserError: there are some, and the model is not guided.
+        """
+        audio, identity = self.audio_interval, self.identity_interval
+        if audio is None and identity is None:
+            return config
+        if config.kind == "none":
+            raise UserError("this model is not guided, so its guidance has no interval")
+        return config.within(audio or config.audio_interval, identity or config.identity_interval)
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -185,9 +201,10 @@ def dub(
 
 def sampling_of(config: ModelConfig, settings: DubSettings, devices: Devices, sizes: Batches) -> Sampling:
     """How a dub samples with a model."""
+    sigmas = sigmas_of(config, settings.steps)
     return Sampling(
-        guidance_of(config.guidance),
-        align_your_steps(config.steps if settings.steps is None else settings.steps),
+        guidance_of(settings.guidance(config.guidance), sigmas),
+        sigmas,
         settings.seed,
         sizes.windows,
         config.vae.scale_factor,
@@ -228,6 +245,7 @@ def _fingerprint(
         "identity": identity.digest,
         "model": model.fingerprint,
         "sigmas": sampling.sigmas.tolist(),
+        "guidance": to_dict(settings.guidance(model.config.guidance)),
         "seed": settings.seed,
         "dtype": settings.compute_dtype,
     }

@@ -11,7 +11,7 @@ import numpy as np
 from jax.stages import Lowered
 
 from keysync_jax.config import EncoderKind, StageConfig
-from keysync_jax.diffusion.guidance import Guidance
+from keysync_jax.diffusion.guidance import AnyGuidance
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
 from keysync_jax.pipeline.devices import ONE_DEVICE, Devices
@@ -83,7 +83,7 @@ class Sampling:
       in_turn: a window's branches one after another, in the memory of one.
     """
 
-    guidance: Guidance
+    guidance: AnyGuidance
     sigmas: np.ndarray
     seed: int = 0
     windows_per_call: int = 1
@@ -120,7 +120,7 @@ class Calls(NamedTuple):
     devices: Devices
     size: int
 
-    def given(self, sampling: Sampling) -> tuple[Guidance, Array]:
+    def given(self, sampling: Sampling) -> tuple[AnyGuidance, Array]:
         """What every call takes beside its windows, on the devices."""
         return self.devices.copy((sampling.guidance, np.asarray(sampling.sigmas, np.float32)))
 
