@@ -28,11 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [a for a in given if a.startswith("--config.")]
     parser = _parser()
     arguments = parser.parse_args([a for a in given if a not in overrides])
-    if overrides and arguments.run is not training.run_train:
+    trains = arguments.run in (training.run_train, training.run_distill)
+    if overrides and not trains:
         parser.error(f"{overrides[0]} is a setting of keysync train")
     arguments.overrides = overrides
     # A training run has a way of its own: it finishes the step under way and saves it.
-    with stopping_in_order(arguments.run is not training.run_train):
+    with stopping_in_order(not trains):
         return _run(arguments)
 
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         dubbing.add_warm,
         data.add_prepare,
         training.add_train,
+        training.add_distill,
         models.add_export,
         training.add_init,
         data.add_synth,

@@ -36,7 +36,7 @@ def sample_in_parts(parts: Iterable[tuple[Denoise, slice]], noise: Array, sigmas
       parts: denoisers, and the steps of each: stretches of the table, in order, that leave none out.
     """
     sigmas = jnp.asarray(sigmas, jnp.float32)
-    x = _start(noise, sigmas)
+    x = start(noise, sigmas)
     for denoise, where in parts:
 
         def step(x: Array, pair: tuple[Array, Array], denoise: Denoise = denoise) -> tuple[Array, None]:
@@ -53,7 +53,7 @@ def steps(parts: Iterable[tuple[Denoise, slice]], noise: Array, sigmas: Array) -
       Two arrays `[steps, B, ...]` fp32.
     """
     sigmas = jnp.asarray(sigmas, jnp.float32)
-    x, found = _start(noise, sigmas), []
+    x, found = start(noise, sigmas), []
     for denoise, where in parts:
 
         def step(
@@ -68,8 +68,8 @@ def steps(parts: Iterable[tuple[Denoise, slice]], noise: Array, sigmas: Array) -
     return arrived, clean
 
 
-def _start(noise: Array, sigmas: Array) -> Array:
-    # The start has the variance of data (1) and noise together.
+def start(noise: Array, sigmas: Array) -> Array:
+    """Where sampling begins: it has the variance of data (1) and of noise together."""
     return jnp.asarray(noise, jnp.float32) * jnp.sqrt(1 + sigmas[0] ** 2)
 
 

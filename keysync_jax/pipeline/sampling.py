@@ -25,7 +25,7 @@ from keysync_jax.diffusion.guidance import (
     stretches,
     without_zeros,
 )
-from keysync_jax.diffusion.sampler import Denoise, sample_in_parts, steps
+from keysync_jax.diffusion.sampler import Denoise, sample_in_parts, start, steps
 from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import bind
@@ -157,6 +157,31 @@ def sample_steps(
     """
     parts = _parts(guidance, sigmas, lambda part: _guided(graphdef, params, windows, part))
     return steps(parts, windows.noise, sigmas)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def sample_states(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    windows: Windows,
+    guidance: AnyGuidance,
+    sigmas: Array,
+    kept: Array,
+) -> Array:
+    """Some states of `sample_windows` on its way, and its end.
+
+    Args:
+      kept: numbers `[K]` of the steps before which the states are kept.
+
+    Returns:
+      `[B, K + 1, T, h, w, 4]` fp16: the states, each over sqrt(1 + sigma^2), then the scaled latents.
+    """
+    parts = _parts(guidance, sigmas, lambda part: _guided(graphdef, params, windows, part))
+    arrived, _ = steps(parts, windows.noise, sigmas)
+    before = jnp.concatenate([start(windows.noise, sigmas)[None], arrived[:-1]])[kept]
+    scale = precond.c_in(sigmas[kept])[:, None, None, None, None, None]
+    rows = jnp.concatenate([before * scale, arrived[-1:]]).astype(jnp.float16)
+    return jnp.moveaxis(rows, 0, 1)
 
 
 def _parts(

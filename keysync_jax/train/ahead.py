@@ -11,6 +11,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import VAEStep, make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
+from keysync_jax.train.distill import DistillStep, trajectory_shapes
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes
 from keysync_jax.train.sharding import AnyStep, lowered_step, make_mesh
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
@@ -51,6 +52,9 @@ def step_shapes(config: AnyTrainConfig) -> tuple[AnyStep, Params, Any]:
         graphdef, params = shapes(make_vae(config))
         return VAEStep(config, graphdef), params, frame_batch_shapes(config)
     graphdef, params = shapes(make_stage(config))
+    if config.distill is not None:
+        judge = vae_shapes(config) if config.distill.decodes else None
+        return DistillStep(config, graphdef, judge), params, trajectory_shapes(config)
     vae = vae_shapes(config) if config.loss.pixel != "none" else None
     return make_step(config, graphdef, vae, perceptual_shapes(config)), params, batch_shapes(config)
 
@@ -59,6 +63,8 @@ def summary(config: AnyTrainConfig) -> str:
     """The settings that time and memory depend on, in words."""
     if not isinstance(config, TrainConfig):
         return f"VAE, {config.batch_size} frames, {config.dtype}, remat {config.remat}"
+    if config.distill is not None:
+        return f"student of the {config.stage.kind} stage, {config.batch_size} windows, {config.dtype}, remat {config.remat}, {config.optimizer.kind}"
     return (
         f"{config.stage.kind} stage, {config.batch_size} clips, {config.dtype}, remat {config.remat}, "
         f"pixel loss {config.loss.pixel}, {config.optimizer.kind}"

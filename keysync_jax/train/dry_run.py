@@ -10,7 +10,14 @@ from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
-from keysync_jax.train.flops import batch_shapes, frame_batch_shapes, step_flops, vae_step_flops
+from keysync_jax.train.distill import trajectory_shapes
+from keysync_jax.train.flops import (
+    batch_shapes,
+    distill_step_flops,
+    frame_batch_shapes,
+    step_flops,
+    vae_step_flops,
+)
 from keysync_jax.train.sharding import batch_sharding, bytes_per_device, make_mesh, shardings
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
@@ -135,6 +142,10 @@ def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
 
 def _stage_work(config: TrainConfig) -> _Work:
     graphdef, params = shapes(make_stage(config))
+    if config.distill is not None:
+        judge = vae_shapes(config) if config.distill.decodes else None
+        flops = distill_step_flops(config, graphdef, params, judge)
+        return _Work(params, {} if judge is None else {"VAE": judge.params}, trajectory_shapes(config), flops)
     vae = vae_shapes(config) if config.loss.pixel != "none" else None
     perceptual = perceptual_shapes(config)
     networks = {"VAE": vae, "LPIPS": perceptual}

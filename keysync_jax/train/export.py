@@ -50,7 +50,8 @@ def export(
     for kind, (folder, config) in configs.items():
         _check_fits_base(folder, config, rest)
         step, trained[kind] = _weights(folder, config, average)
-        provenance[kind] = f"{folder.absolute().name} step {step}{' moving average' if average else ''}"
+        made = f"{folder.absolute().name} step {step}{' moving average' if average else ''}"
+        provenance[kind] = made + _teacher(folder, config)
     names = components(model)
     model = dataclasses.replace(model, provenance={n: s for n, s in provenance.items() if n in names})
     untrained = {n: TensorFile(rest.folder / f"{n}.safetensors") for n in names if n not in trained}
@@ -91,6 +92,14 @@ def _model_config(rest: Model, configs: Mapping[StageKind, tuple[Path, TrainConf
     guidances = {config.guidance for _, config in configs.values()}
     if len(guidances) != 1:
         raise UserError("the two runs have different settings of guidance; a model has one")
+    grids = {() if config.distill is None else config.distill.grid for _, config in configs.values()}
+    if len(configs) < len(stages):
+        grids.add(rest.config.sigmas)
+    if len(grids) != 1:
+        raise UserError(
+            "the two stages are not for the same noise levels; a model has one table: export the runs "
+            "of both stages' students together, or with a base that has the other one"
+        )
     used = {s.audio_encoder for s in stages.values()}
     for kind in used - rest.config.encoders.keys():
         raise UserError(f"{rest.folder}: has no {kind} encoder, whose features a stage was trained on")
@@ -101,7 +110,16 @@ def _model_config(rest: Model, configs: Mapping[StageKind, tuple[Path, TrainConf
         encoders={kind: e for kind, e in rest.config.encoders.items() if kind in used},
         mask=masks.pop(),
         guidance=guidances.pop(),
+        sigmas=grids.pop(),
     )
+
+
+def _teacher(folder: Path, config: TrainConfig) -> str:
+    """What is said of a student's teacher: the fingerprint of its model directory."""
+    inputs = read_inputs(folder)
+    if config.distill is None or inputs is None:
+        return ""
+    return f", student of {inputs.networks['teacher']}"
 
 
 def _check_fits_base(folder: Path, config: TrainConfig, rest: Model) -> None:

@@ -20,6 +20,7 @@ from keysync_jax.train.autoencoder import FrameBatch
 from keysync_jax.train.autoencoder import objective as vae_objective
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
+from keysync_jax.train.distill import DistillStep, TrajectoryBatch, trajectory_shapes
 from keysync_jax.train.optimizer import partition
 from keysync_jax.train.step import draw_clips, draw_noise, make_step
 from keysync_jax.typing import Params
@@ -79,6 +80,24 @@ def step_flops(
     jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, batch_shapes(config)).jaxpr
     needed = [i < len(trainable) for i in range(len(jaxpr.invars))]
     return training_flops(jaxpr, needed)[0]
+
+
+def distill_step_flops(
+    config: TrainConfig, graphdef: nnx.GraphDef, params: Params, vae: Network | None = None
+) -> int:
+    """Operations of one step of a distillation over all devices; nothing is allocated or compiled.
+
+    Args:
+      vae: as `DistillStep` has it; shapes will do.
+    """
+    step = DistillStep(config, graphdef, vae)
+    trainable, frozen = partition(config.optimizer, params)
+
+    def loss(trainable: Params, frozen: Params, aids: dict[str, Params], batch: TrajectoryBatch) -> Any:
+        return step.loss({**frozen, **trainable}, aids, batch)[0]
+
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, trajectory_shapes(config)).jaxpr
+    return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
 
 
 def vae_step_flops(config: VAETrainConfig, graphdef: nnx.GraphDef, params: Params) -> int:

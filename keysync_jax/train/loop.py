@@ -26,10 +26,11 @@ from keysync_jax.train.autoencoder import FrameSamples, VAEStep, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.data import Samples, load
+from keysync_jax.train.distill import DistillStep, TrajectorySamples
 from keysync_jax.train.fits import check_alike, check_fits
-from keysync_jax.train.flops import step_flops, vae_step_flops
+from keysync_jax.train.flops import distill_step_flops, step_flops, vae_step_flops
 from keysync_jax.train.hosts import decided
-from keysync_jax.train.inputs import Inputs, inputs_of
+from keysync_jax.train.inputs import DatasetInput, Inputs, digest, inputs_of
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.preview import Preview
 from keysync_jax.train.sharding import (
@@ -43,6 +44,7 @@ from keysync_jax.train.sharding import (
 )
 from keysync_jax.train.start import Weights, first_weights, load_perceptual, load_vae, random_weights
 from keysync_jax.train.step import Metrics, TrainState, init_state, make_stage, make_step
+from keysync_jax.train.trajectories import trajectories
 from keysync_jax.typing import Params
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ class Outcome:
 
 
 def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Outcome:
-    """Trains one stage, or a VAE, from the beginning or from the last checkpoint in `workdir`.
+    """Trains one stage, a student or a VAE, from the beginning or from the last checkpoint in `workdir`.
 
     A batch and all noise are functions of (seed, step), and the state is restored bit for bit, so an
     interrupted run goes through the same losses as one that was not. SIGTERM and SIGINT let the step under
@@ -79,7 +81,7 @@ def train(config: AnyTrainConfig, workdir: str | Path, show: bool = True) -> Out
     """
     workdir = Path(workdir)
     mesh = make_mesh(config.mesh, config.batch_size)
-    job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
+    job = _job(config, workdir, show)
     decided(lambda: settle_config(workdir, config, job.inputs))
     with ExitStack() as stack:
         stack.enter_context(computing(config.dtype))
@@ -123,6 +125,12 @@ class _Job(Protocol):
         ...
 
 
+def _job(config: AnyTrainConfig, workdir: Path, show: bool) -> _Job:
+    if not isinstance(config, TrainConfig):
+        return _VAEJob(config)
+    return _StageJob(config) if config.distill is None else _DistillJob(config, workdir, show)
+
+
 class _StageJob:
     """A run that trains a stage."""
 
@@ -143,6 +151,32 @@ class _StageJob:
     def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
         flops = step_flops(self.config, graphdef, wanted, self.vae, self.perceptual)
         return make_step(self.config, graphdef, self.vae, self.perceptual), flops
+
+    def first_weights(self) -> Weights:
+        return first_weights(self.config)
+
+
+class _DistillJob:
+    """A run that trains a student of a stage, on what its teacher does; that is made first."""
+
+    def __init__(self, config: TrainConfig, workdir: Path, show: bool):
+        assert config.distill is not None
+        self.config, self.make = config, make_stage(config)
+        self.preview: Preview | None = None
+        folder = Path(config.distill.trajectories or workdir / "trajectories")
+        made = trajectories(config, open_datasets(config) if config.data.paths else (), folder, show)
+        log.info("%d samples of the teacher", len(made))
+        self.samples: Callable[[int], Any] = TrajectorySamples(config, made)
+        self.vae = load_vae(config) if config.distill.decodes else None
+        known = made.settings
+        networks = {"teacher": known.teacher, "trajectories": made.sha256}
+        if self.vae is not None:
+            networks["VAE"] = digest(self.vae.params)
+        self.inputs = Inputs(tuple(DatasetInput(s, known.prepared_with) for s in known.data), networks)
+
+    def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
+        flops = distill_step_flops(self.config, graphdef, wanted, self.vae)
+        return DistillStep(self.config, graphdef, self.vae), flops
 
     def first_weights(self) -> Weights:
         return first_weights(self.config)
