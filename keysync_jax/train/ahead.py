@@ -63,10 +63,12 @@ def summary(config: AnyTrainConfig) -> str:
     """The settings that time and memory depend on, in words."""
     if not isinstance(config, TrainConfig):
         return f"VAE, {config.batch_size} frames, {config.dtype}, remat {config.remat}"
+    common = f"{config.dtype}, remat {config.remat}"
     if config.distill is not None:
-        return f"student of the {config.stage.kind} stage, {config.batch_size} windows, {config.dtype}, remat {config.remat}, {config.optimizer.kind}"
+        student = f"student of the {config.stage.kind} stage, {config.batch_size} windows"
+        return f"{student}, {common}, {config.optimizer.kind}"
     return (
-        f"{config.stage.kind} stage, {config.batch_size} clips, {config.dtype}, remat {config.remat}, "
+        f"{config.stage.kind} stage, {config.batch_size} clips, {common}, "
         f"pixel loss {config.loss.pixel}, {config.optimizer.kind}"
     )
 

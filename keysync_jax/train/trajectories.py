@@ -15,8 +15,8 @@ between them. Of every window of the stage that is distilled one record is kept:
 | landmarks | fp32 | `[68, 2]` | of that frame |
 | frame | uint8 | `[bytes]` | its pixels as JPEG, where the datasets have them |
 
-A folder holds `settings.json`, shards of `PART` stretches each, which are a function of the settings and their
-number alone, and at last `manifest.json`. An interrupted job goes on with the shards that are missing.
+A folder holds `settings.json`, shards of `PART` stretches each, which are a function of the settings and
+their number alone, and at last `manifest.json`. An interrupted job goes on with the shards that are missing.
 """
 
 import json
