@@ -129,6 +129,23 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the small decoder, which is distilled from a VAE's. Defaults: full size.
+
+    Attributes:
+      block_out_channels: width of each level, as many as the VAE has.
+      layers_per_block: resnets of a level.
+    """
+
+    block_out_channels: tuple[int, ...] = (64, 128, 256, 256)
+    layers_per_block: int = 1
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "a small decoder")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One of the two diffusion stages (section 3.3 of the paper).
 
@@ -320,6 +337,19 @@ class LogMelConfig:
         return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
+def check_levels(decoder: DecoderConfig, vae: VAEConfig) -> None:
+    """Refuses a small decoder that makes pictures of another size than the VAE does.
+
+    Raises:
+      UserError: it has another number of levels.
+    """
+    own, whole = len(decoder.block_out_channels), len(vae.block_out_channels)
+    if own != whole:
+        raise UserError(
+            f"the small decoder has {own} levels, the VAE {whole}; its pictures would differ in size"
+        )
+
+
 def check_sigmas(sigmas: tuple[float, ...], what: str) -> None:
     """Refuses noise levels that do not fall towards 0.
 
@@ -348,6 +378,7 @@ class ModelConfig:
       mask: strategy of the masks that the weights were trained with.
       guidance: scales to sample with.
       steps: number that the align-your-steps schedule is asked for (10 takes 11 Euler steps).
+      decoder_small: sizes of the small decoder; None: the model has none.
       sigmas: noise levels that the stages were distilled for, highest first, without a last 0; empty: those
         of the schedule.
       provenance: where each component came from, for the reader.
@@ -360,6 +391,7 @@ class ModelConfig:
     mask: MaskKind = "box"
     guidance: GuidanceConfig = GuidanceConfig()
     steps: int = 10
+    decoder_small: DecoderConfig | None = None
     sigmas: tuple[float, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -369,6 +401,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuses parts that do not fit each other."""
         check_sigmas(self.sigmas, "sigmas")
+        if self.decoder_small is not None:
+            check_levels(self.decoder_small, self.vae)
         for name, encoder in self.encoders.items():
             if encoder.kind != name:
                 raise UserError(f"the {name} encoder holds the settings of a {encoder.kind} encoder")

@@ -68,6 +68,16 @@ def intervals(arguments: argparse.Namespace) -> tuple[Interval | None, Interval 
     return found.get("audio"), found.get("identity")
 
 
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """`--decoder`, of a subcommand that dubs."""
+    parser.add_argument(
+        "--decoder",
+        choices=("full", "small"),
+        default="full",
+        help="the VAE's, or the model's small one (default full)",
+    )
+
+
 def add_devices(parser: argparse.ArgumentParser) -> None:
     """`--devices`, of a subcommand that dubs."""
     parser.add_argument(

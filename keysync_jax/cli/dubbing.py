@@ -6,6 +6,7 @@ from pathlib import Path
 from keysync_jax.cli.common import (
     Commands,
     add_allow_download,
+    add_decoder,
     add_devices,
     add_guidance_interval,
     fetch_models,
@@ -93,6 +94,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         help="batch of windows a device, at most (default: 1; as many as fit with --memory fast)",
     )
     add_guidance_interval(parser)
+    add_decoder(parser)
     add_devices(parser)
 
 
@@ -109,6 +111,7 @@ def _warm(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         audio_interval=audio,
         identity_interval=identity,
+        decoder=arguments.decoder,
         dtype=arguments.dtype,
         memory=arguments.memory,
         windows_per_call=arguments.windows_per_call,
@@ -135,6 +138,7 @@ def _dub(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         audio_interval=audio,
         identity_interval=identity,
+        decoder=arguments.decoder,
         seed=arguments.seed,
         dtype=arguments.dtype,
         quality=arguments.quality,

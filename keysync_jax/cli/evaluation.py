@@ -6,6 +6,7 @@ from pathlib import Path
 from keysync_jax.cli.common import (
     Commands,
     add_allow_download,
+    add_decoder,
     add_devices,
     add_guidance_interval,
     fetch_models,
@@ -35,6 +36,7 @@ def add_synth_eval(commands: Commands) -> None:
         help="measure guidance in intervals of noise levels too",
     )
     add_guidance_interval(parser)
+    add_decoder(parser)
     parser.add_argument(
         "--compare",
         action="append",
@@ -60,6 +62,7 @@ def _synth_eval(arguments: argparse.Namespace) -> int:
         ablations=arguments.ablations,
         ablation_clips=arguments.ablation_clips,
         intervals=arguments.intervals,
+        decoder=arguments.decoder,
         devices=arguments.devices,
     )
     others = dict(_named_folder(text) for text in arguments.compare)

@@ -17,6 +17,7 @@ from keysync_jax.metrics.quality import flicker_ratio, psnr
 from keysync_jax.metrics.sync import mean_correlation, mean_lag
 from keysync_jax.model import Model
 from keysync_jax.pipeline.devices import check_count, local_devices
+from keysync_jax.pipeline.dub import Decoder
 from keysync_jax.pipeline.phases import Phases
 from keysync_jax.synthetic.world import FORMAT
 
@@ -32,6 +33,7 @@ class EvalSettings:
       seconds: length of each.
       seed: of the world.
       ablations: measure variants of guidance, another mask and occlusion too, on `ablation_clips` pairs each.
+      decoder: that all dubs are made with.
       intervals: measure the model's guidance in intervals of noise levels too, on as many pairs.
       devices: of this host that share the work; all of them where None.
     """
@@ -41,6 +43,7 @@ class EvalSettings:
     seed: int = 1_000_003
     ablations: bool = False
     ablation_clips: int = 8
+    decoder: Decoder = "full"
     intervals: bool = False
     devices: int | None = None
 
@@ -146,6 +149,7 @@ def measure(
     silence: bool = True,
     vae: bool = False,
     devices: int | None = None,
+    decoder: Decoder = "full",
 ) -> Scores:
     """Dubs every pair, with its voice and (`silence`) with none, and measures the result.
 
@@ -155,24 +159,35 @@ def measure(
       output: folder of the dubs; those that are there are taken.
       occluder: hand the pairs' occluder masks to the dub.
       vae: measure the VAE alone too.
-      devices: as `DubSettings` takes them.
+      devices, decoder: as `DubSettings` takes them.
     """
     size = model.config.crop_size
     series, rows = [], []
     for pair in pairs:
-        frames = pair.dubbed(model, output / f"{pair.number:05d}.mp4", occluder=occluder, devices=devices)
+        frames = pair.dubbed(
+            model,
+            output / f"{pair.number:05d}.mp4",
+            occluder=occluder,
+            devices=devices,
+            decoder=decoder,
+        )
         dub, quiet = read_mouths(reader, frames, pair), None
         rows.append(_pictures(pair, frames, size))
         advance(1)
         if silence:
             still = pair.dubbed(
-                model, output / f"{pair.number:05d}-silent.mp4", True, occluder, devices=devices
+                model,
+                output / f"{pair.number:05d}-silent.mp4",
+                True,
+                occluder,
+                devices=devices,
+                decoder=decoder,
             )
             quiet = read_mouths(reader, still, pair)
             advance(1)
         if vae:
             rows[-1]["psnr_vae"] = psnr(
-                pair.reconstructed(model), pair.crops(pair.original, size), pair.face(size)
+                pair.reconstructed(model, decoder), pair.crops(pair.original, size), pair.face(size)
             )
         series.append(_Series(dub, quiet, pair.spoken.opening, pair.unsaid.opening, pair.readable))
         pair.forget()
@@ -292,7 +307,18 @@ def evaluate(
             advance(1)
     with phases.phase("model", 2 * len(pairs), "dubs") as advance:
         dubs = _dubs(output, "model", model)
-        scores = {"model": measure(model, pairs, dubs, reader, advance, vae=True, devices=settings.devices)}
+        scores = {
+            "model": measure(
+                model,
+                pairs,
+                dubs,
+                reader,
+                advance,
+                vae=True,
+                devices=settings.devices,
+                decoder=settings.decoder,
+            )
+        }
     few = pairs[: settings.ablation_clips]
     variants = VARIANTS if settings.ablations else {}
     models = {name: guided(model, guidance) for name, guidance in variants.items()}
@@ -304,11 +330,19 @@ def evaluate(
     models |= others
     if models and len(few) < len(pairs):
         with phases.phase(SAME_CLIPS, 2 * len(few), "dubs") as advance:
-            scores[SAME_CLIPS] = measure(model, few, dubs, reader, advance, devices=settings.devices)
+            scores[SAME_CLIPS] = measure(
+                model, few, dubs, reader, advance, devices=settings.devices, decoder=settings.decoder
+            )
     for name, other in models.items():
         with phases.phase(name, 2 * len(few), "dubs") as advance:
             scores[name] = measure(
-                other, few, _dubs(output, name, other), reader, advance, devices=settings.devices
+                other,
+                few,
+                _dubs(output, name, other),
+                reader,
+                advance,
+                devices=settings.devices,
+                decoder=settings.decoder,
             )
     if settings.ablations:
         scores |= _occlusion(model, output, settings, reader, phases)
@@ -357,7 +391,15 @@ def _occlusion(
         dubs = _dubs(output, name, model)
         with phases.phase(name, len(pairs), "dubs") as advance:
             scores[name] = measure(
-                model, pairs, dubs, reader, advance, occluder=handled, silence=False, devices=settings.devices
+                model,
+                pairs,
+                dubs,
+                reader,
+                advance,
+                occluder=handled,
+                silence=False,
+                devices=settings.devices,
+                decoder=settings.decoder,
             )
     return scores
 
@@ -372,7 +414,8 @@ def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = Fa
 def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
     """Makes the folder and notes what it is for, or checks that it was begun for the same."""
     world = {"world": FORMAT, "seconds": settings.seconds, "seed": settings.seed}
-    settle(output / SETTINGS, {**identity(model), **world}, "dubs", "another model or other clips")
+    small = {"decoder": settings.decoder} if settings.decoder != "full" else {}
+    settle(output / SETTINGS, {**identity(model), **world, **small}, "dubs", "another model or other clips")
 
 
 def identity(model: Model) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -46,6 +47,8 @@ from keysync_jax.typing import Frames
 AHEAD = 8
 """Frames that are read, or pasted, before they are asked for."""
 
+Decoder = Literal["full", "small"]
+
 PASTING = 4
 """Threads that paste faces, each a frame."""
 
@@ -64,6 +67,7 @@ class DubSettings:
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
       audio_interval, identity_interval: noise levels at which the samples are guided by each; the model's own
         (the paper's: all of them) where None. Fewer take less time.
+      decoder: "full": the VAE's; "small": the model's small one, in about a tenth of the work.
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
       quality: constant rate factor of the video, 0 (lossless) to 51.
@@ -83,6 +87,7 @@ class DubSettings:
     steps: int | None = None
     audio_interval: Interval | None = None
     identity_interval: Interval | None = None
+    decoder: Decoder = "full"
     seed: int = 0
     dtype: Dtype | None = None
     quality: int = 16
@@ -93,6 +98,8 @@ class DubSettings:
     def __post_init__(self) -> None:
         if self.dtype not in (None, "fp32", "bf16"):
             raise UserError(f"the dtype is fp32 or bf16, not {self.dtype}")
+        if self.decoder not in get_args(Decoder):
+            raise UserError(f"the decoder is full or small, not {self.decoder}")
         if not 0 <= self.quality <= 51:
             raise UserError(f"the quality is 0 (lossless) to 51, not {self.quality}")
         if self.landmark_model is not None and self.landmarks != "mediapipe":
@@ -114,6 +121,16 @@ class DubSettings:
         if config.kind == "none":
             raise UserError("this model is not guided, so its guidance has no interval")
         return config.within(audio or config.audio_interval, identity or config.identity_interval)
+
+    def component(self, config: ModelConfig) -> str:
+        """Name of the model's component that decodes.
+
+        Raises:
+          UserError: it has no small decoder, and that is asked for.
+        """
+        if self.decoder == "small" and config.decoder_small is None:
+            raise UserError("this model has no small decoder; leave --decoder out (docs/distillation.md)")
+        return "decoder_small" if self.decoder == "small" else "vae"
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -174,7 +191,7 @@ def dub(
         raise UserError(
             f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"
         )
-    dtype = settings.compute_dtype
+    dtype, decoder = settings.compute_dtype, settings.component(model.config)
     sizes = batches(settings.memory, model.config, dtype, settings.windows_per_call)
     sampling = sampling_of(model.config, settings, devices, sizes)
     identities = model.config.keyframe.frames if identity.name == CURRENT else 1
@@ -182,7 +199,7 @@ def dub(
         Workspace(output, _fingerprint(source, model, settings, sampling, identity)) as work,
         computing(dtype),
         Compiling(
-            programs(model.config, dtype, sampling, sizes.frames, source.plan, identities),
+            programs(model.config, dtype, sampling, sizes.frames, source.plan, identities, decoder),
             dtype,
             _complete(source, work),
         ) as compiling,
@@ -449,9 +466,10 @@ class _Run:
     def _decoded(self, windows: Iterator[np.ndarray], device: Clock) -> Iterator[Frames]:
         """Generated crops of the frames that have a face, call by call; for a thread of its own."""
         with computing(self.settings.compute_dtype):
-            vae = self.model.load("vae", self.settings.compute_dtype)
+            decoder = self.settings.component(self.model.config)
+            network = self.model.load(decoder, self.settings.compute_dtype)
             self.compiling.wait("compose")
-            yield from decode_frames(vae, self._shown_latents(windows), *self._frames_at_once(), device)
+            yield from decode_frames(network, self._shown_latents(windows), *self._frames_at_once(), device)
 
     def _shown_latents(self, windows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Latents of the frames that have a face; none that is not shown is decoded.

@@ -50,7 +50,8 @@ def step_shapes(config: AnyTrainConfig) -> tuple[AnyStep, Params, Any]:
     """The step of a run, and shapes of its network's parameters and of a global batch."""
     if not isinstance(config, TrainConfig):
         graphdef, params = shapes(make_vae(config))
-        return VAEStep(config, graphdef), params, frame_batch_shapes(config)
+        judge = vae_shapes(config) if config.decoder is not None else None
+        return VAEStep(config, graphdef, judge), params, frame_batch_shapes(config)
     graphdef, params = shapes(make_stage(config))
     if config.distill is not None:
         judge = vae_shapes(config) if config.distill.decodes else None
@@ -62,7 +63,8 @@ def step_shapes(config: AnyTrainConfig) -> tuple[AnyStep, Params, Any]:
 def summary(config: AnyTrainConfig) -> str:
     """The settings that time and memory depend on, in words."""
     if not isinstance(config, TrainConfig):
-        return f"VAE, {config.batch_size} frames, {config.dtype}, remat {config.remat}"
+        network = "VAE" if config.decoder is None else "small decoder"
+        return f"{network}, {config.batch_size} frames, {config.dtype}, remat {config.remat}"
     common = f"{config.dtype}, remat {config.remat}"
     if config.distill is not None:
         student = f"student of the {config.stage.kind} stage, {config.batch_size} windows"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from keysync_jax.config import (
+    DecoderConfig,
     Dtype,
     EncoderKind,
     GuidanceConfig,
@@ -14,6 +15,7 @@ from keysync_jax.config import (
     Remat,
     StageConfig,
     VAEConfig,
+    check_levels,
     check_sigmas,
     from_dict,
 )
@@ -395,9 +397,12 @@ class VAELossConfig:
 
 @dataclass(frozen=True)
 class VAETrainConfig:
-    """One run that trains a VAE on single frames, from random weights.
+    """One run that trains a VAE on single frames, or a small decoder for one, from random weights.
 
     Attributes:
+      vae: sizes of the VAE: the one that is trained, or whose decoder the small one learns from.
+      decoder: sizes of the small decoder; None: the VAE itself is trained.
+      teacher: model directory with the VAE that the small decoder is for.
       batch_size: frames of a step, over all devices and hosts.
       crop_size: side of the frames in pixels.
     """
@@ -410,6 +415,8 @@ class VAETrainConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = field(default_factory=LogConfig)
+    decoder: DecoderConfig | None = None
+    teacher: str = ""
     batch_size: int = 16
     steps: int = 10_000
     seed: int = 0
@@ -423,6 +430,8 @@ class VAETrainConfig:
             raise UserError(
                 f"crop_size {self.crop_size} is not a multiple of the VAE's factor {self.vae.factor}"
             )
+        if self.decoder is not None:
+            check_levels(self.decoder, self.vae)
         if self.log.preview_every:
             raise UserError("log.preview_every is for the stages; a VAE's run logs its PSNR instead")
 

@@ -156,7 +156,9 @@ def _stage_work(config: TrainConfig) -> _Work:
 
 def _vae_work(config: VAETrainConfig) -> _Work:
     graphdef, params = shapes(make_vae(config))
-    return _Work(params, {}, frame_batch_shapes(config), vae_step_flops(config, graphdef, params))
+    vae = vae_shapes(config) if config.decoder is not None else None
+    flops = vae_step_flops(config, graphdef, params, vae)
+    return _Work(params, {} if vae is None else {"VAE": vae.params}, frame_batch_shapes(config), flops)
 
 
 def _names(config: AnyTrainConfig) -> tuple[str, str]:
@@ -165,7 +167,8 @@ def _names(config: AnyTrainConfig) -> tuple[str, str]:
         return f"stage             {config.stage.kind}", "clips"
     side = config.crop_size // config.vae.factor
     latents = f"{side} x {side} x {config.vae.latent_channels}"
-    return f"VAE               {config.crop_size} pixels to {latents}", "frames"
+    network = "VAE          " if config.decoder is None else "small decoder"
+    return f"{network}     {config.crop_size} pixels to {latents}", "frames"
 
 
 def _count(tree: Any) -> int:

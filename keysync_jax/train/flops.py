@@ -15,9 +15,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from keysync_jax.model import Network
-from keysync_jax.nn.functional import bind
-from keysync_jax.train.autoencoder import FrameBatch
-from keysync_jax.train.autoencoder import objective as vae_objective
+from keysync_jax.train.autoencoder import FrameBatch, VAEStep
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
 from keysync_jax.train.distill import DistillStep, TrajectoryBatch, trajectory_shapes
@@ -100,15 +98,21 @@ def distill_step_flops(
     return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
 
 
-def vae_step_flops(config: VAETrainConfig, graphdef: nnx.GraphDef, params: Params) -> int:
-    """Operations of one step of a VAE's run over all devices; nothing is allocated or compiled."""
+def vae_step_flops(
+    config: VAETrainConfig, graphdef: nnx.GraphDef, params: Params, vae: Network | None = None
+) -> int:
+    """Operations of one step of a VAE's run over all devices; nothing is allocated or compiled.
+
+    Args:
+      vae: as `VAEStep` has it; shapes will do.
+    """
+    step = VAEStep(config, graphdef, vae)
     trainable, frozen = partition(config.optimizer, params)
 
-    def loss(trainable: Params, frozen: Params, batch: FrameBatch) -> Any:
-        vae = bind(graphdef, {**frozen, **trainable})
-        return vae_objective(config.loss, vae, batch, jax.random.key(0))[0]
+    def loss(trainable: Params, frozen: Params, aids: dict[str, Params], batch: FrameBatch) -> Any:
+        return step.loss({**frozen, **trainable}, aids, batch, jax.random.key(0))[0]
 
-    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, frame_batch_shapes(config)).jaxpr
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, frame_batch_shapes(config)).jaxpr
     return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
@@ -22,7 +22,7 @@ from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
 from keysync_jax.model import model_folder, open_model
 from keysync_jax.nn.functional import Make, shapes
-from keysync_jax.train.autoencoder import FrameSamples, VAEStep, make_vae
+from keysync_jax.train.autoencoder import FrameSamples, VAEStep, load_teacher, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.data import Samples, load
@@ -183,17 +183,20 @@ class _DistillJob:
 
 
 class _VAEJob:
-    """A run that trains a VAE."""
+    """A run that trains a VAE, or a small decoder for one."""
 
     def __init__(self, config: VAETrainConfig):
         self.config, self.make = config, make_vae(config)
         self.preview: Preview | None = None
         datasets = [Dataset(path) for path in config.data.paths]
         self.samples: Callable[[int], Any] = FrameSamples(config, datasets)
-        self.inputs = inputs_of(datasets, None, {})
+        self.vae, sha256 = (None, None) if config.decoder is None else load_teacher(config)
+        known = inputs_of(datasets, None, {})
+        self.inputs = known if sha256 is None else replace(known, networks={"VAE": sha256})
 
     def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
-        return VAEStep(self.config, graphdef), vae_step_flops(self.config, graphdef, wanted)
+        flops = vae_step_flops(self.config, graphdef, wanted, self.vae)
+        return VAEStep(self.config, graphdef, self.vae), flops
 
     def first_weights(self) -> Weights:
         return random_weights(shapes(self.make)[1], self.config.seed)

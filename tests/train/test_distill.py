@@ -118,7 +118,7 @@ def test_a_record_is_what_the_teacher_did(made: Trajectories, teacher: Path) -> 
     inside = np.broadcast_to(mask, end.shape) > 0
     assert 0.05 < inside.mean() < 0.95
     np.testing.assert_allclose(end[inside], record["end"][inside], atol=0.03)
-    np.testing.assert_array_equal(record["end"][~inside], record["gt"][~inside])
+    np.testing.assert_allclose(record["end"][~inside], record["gt"][~inside], atol=2e-3)
     levels = np.array(made.settings.levels, np.float32)
     states = record["states"].astype(np.float32) / precond.c_in(levels)[:, None, None, None, None]
     far = [np.abs(state - record["end"])[inside].mean() for state in states]
