@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from keysync_jax.ahead.chips import device_peak
 from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import make_vae
@@ -22,6 +23,12 @@ from keysync_jax.train.sharding import batch_sharding, bytes_per_device, make_me
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
 from keysync_jax.typing import Params
+
+SHARE_OF_PEAK = 0.4
+"""Of a device's operations a second, that a run is supposed to reach where hours are told."""
+
+DEVICES = ("H100", "TPU v5p")
+"""Devices that hours are told for."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Plan:
     parts: tuple[Part, ...]
     flops: int
 
+    def hours(self, peak: float) -> float:
+        """Of the whole run at `SHARE_OF_PEAK` of devices that do `peak` operations a second each."""
+        devices = math.prod(self.mesh.values())
+        return self.flops * self.config.steps / (SHARE_OF_PEAK * peak * devices) / 3600
+
     @property
     def bytes_device(self) -> int:
         """What one device holds all the time, its part of a batch included."""
@@ -77,6 +89,8 @@ class Plan:
         for part in (*self.parts, whole):
             lines.append(f"{part.name:<18}{_size(part.bytes_whole):>16}{_size(part.bytes_device):>16}")
         steps, tera = self.config.steps, self.flops / 1e12
+        peaks = {name: device_peak(name) for name in DEVICES}
+        hours = ", ".join(f"{self.hours(peak):,.1f} on {name}s" for name, peak in peaks.items() if peak)
         return "\n".join(
             [
                 *lines,
@@ -84,6 +98,8 @@ class Plan:
                 "",
                 f"operations        {tera:,.2f} TFLOP a step, {tera / devices:,.2f} a device; "
                 f"{self.flops * steps:.3g} FLOP in {steps:,} steps",
+                f"hours             {hours}, at {SHARE_OF_PEAK:.0%} of bf16 peak; what remat computes again "
+                "comes to this",
             ]
         )
 

@@ -20,7 +20,7 @@ from keysync_jax.ahead.chips import device_peak
 from keysync_jax.backend import computing
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
-from keysync_jax.model import model_folder, open_model
+from keysync_jax.model import Network, model_folder, open_model
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.train.autoencoder import FrameSamples, VAEStep, load_teacher, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
@@ -190,9 +190,11 @@ class _VAEJob:
         self.preview: Preview | None = None
         datasets = [Dataset(path) for path in config.data.paths]
         self.samples: Callable[[int], Any] = FrameSamples(config, datasets)
-        self.vae, sha256 = (None, None) if config.decoder is None else load_teacher(config)
-        known = inputs_of(datasets, None, {})
-        self.inputs = known if sha256 is None else replace(known, networks={"VAE": sha256})
+        self.inputs = inputs_of(datasets, None, {})
+        self.vae: Network | None = None
+        if config.decoder is not None:
+            self.vae, sha256 = load_teacher(config)
+            self.inputs = replace(self.inputs, networks={"VAE": sha256})
 
     def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
         flops = vae_step_flops(self.config, graphdef, wanted, self.vae)
