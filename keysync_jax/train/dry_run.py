@@ -17,6 +17,7 @@ from keysync_jax.train.flops import (
     distill_step_flops,
     frame_batch_shapes,
     step_flops,
+    teacher_flops,
     vae_step_flops,
 )
 from keysync_jax.train.sharding import batch_sharding, bytes_per_device, make_mesh, shardings
@@ -53,6 +54,7 @@ class Plan:
       mesh: axis -> size.
       trainable, frozen: numbers of parameters.
       flops: of one step over all devices.
+      teacher_flops: of all that a distillation's teacher does before, at most; 0 without one.
     """
 
     config: AnyTrainConfig
@@ -61,11 +63,13 @@ class Plan:
     frozen: int
     parts: tuple[Part, ...]
     flops: int
+    teacher_flops: int = 0
 
     def hours(self, peak: float) -> float:
         """Of the whole run at `SHARE_OF_PEAK` of devices that do `peak` operations a second each."""
         devices = math.prod(self.mesh.values())
-        return self.flops * self.config.steps / (SHARE_OF_PEAK * peak * devices) / 3600
+        flops = self.flops * self.config.steps + self.teacher_flops
+        return flops / (SHARE_OF_PEAK * peak * devices) / 3600
 
     @property
     def bytes_device(self) -> int:
@@ -98,6 +102,7 @@ class Plan:
                 "",
                 f"operations        {tera:,.2f} TFLOP a step, {tera / devices:,.2f} a device; "
                 f"{self.flops * steps:.3g} FLOP in {steps:,} steps",
+                *([f"teacher           {self.teacher_flops:.3g} FLOP at most"] if self.teacher_flops else []),
                 f"hours             {hours}, at {SHARE_OF_PEAK:.0%} of bf16 peak; what remat computes again "
                 "comes to this",
             ]
@@ -112,12 +117,14 @@ class _Work(NamedTuple):
       aids: networks that only judge, by their names in the table.
       batch: the global one.
       flops: of one step over all devices.
+      teacher_flops: of a distillation's teacher.
     """
 
     params: Params
     aids: dict[str, Params]
     batch: Any
     flops: int
+    teacher_flops: int = 0
 
 
 def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
@@ -153,6 +160,7 @@ def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
         frozen=_count(state.frozen),
         parts=tuple(parts),
         flops=work.flops,
+        teacher_flops=work.teacher_flops,
     )
 
 
@@ -161,7 +169,9 @@ def _stage_work(config: TrainConfig) -> _Work:
     if config.distill is not None:
         judge = vae_shapes(config) if config.distill.decodes else None
         flops = distill_step_flops(config, graphdef, params, judge)
-        return _Work(params, {} if judge is None else {"VAE": judge.params}, trajectory_shapes(config), flops)
+        judges = {} if judge is None else {"VAE": judge.params}
+        before = teacher_flops(config, graphdef, params)
+        return _Work(params, judges, trajectory_shapes(config), flops, before)
     vae = vae_shapes(config) if config.loss.pixel != "none" else None
     perceptual = perceptual_shapes(config)
     networks = {"VAE": vae, "LPIPS": perceptual}

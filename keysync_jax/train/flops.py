@@ -7,6 +7,7 @@ weights cost no gradient of their own, and what is recomputed in the backward pa
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,13 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from keysync_jax.config import GuidanceConfig
+from keysync_jax.diffusion.guidance import calls
+from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.model import Network
+from keysync_jax.pipeline.sampling import guidance_of
 from keysync_jax.train.autoencoder import FrameBatch, VAEStep
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
 from keysync_jax.train.distill import DistillStep, TrajectoryBatch, trajectory_shapes
 from keysync_jax.train.optimizer import partition
 from keysync_jax.train.step import draw_clips, draw_noise, make_step
+from keysync_jax.train.trajectories import MOST_WINDOWS
 from keysync_jax.typing import Params
 
 
@@ -96,6 +102,24 @@ def distill_step_flops(
 
     jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, trajectory_shapes(config)).jaxpr
     return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
+
+
+def teacher_flops(config: TrainConfig, graphdef: nnx.GraphDef, params: Params) -> int:
+    """Operations that make a distillation's trajectories, at most: with the paper's table and guidance.
+
+    Every stretch of a clip is taken to be as long as it can be, and its keyframes to be the teacher's.
+
+    Args:
+      graphdef: of `make_stage(config)`.
+    """
+    assert config.distill is not None
+    own = replace(config, distill=replace(config.distill, decoded=0.0, truth=0.0), batch_size=1)
+    own = replace(own, optimizer=replace(own.optimizer, frozen=()))
+    sigmas = align_your_steps()
+    branches = calls(guidance_of(GuidanceConfig(), sigmas), len(sigmas) - 1)
+    windows = 1 if config.stage.kind == "keyframe" else 1 + MOST_WINDOWS
+    # A step is the network forwards, and backwards twice as much, all of its weights being trained.
+    return distill_step_flops(own, graphdef, params) // 3 * branches * windows * config.distill.clips
 
 
 def vae_step_flops(

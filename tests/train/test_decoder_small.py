@@ -79,7 +79,7 @@ def operations(config: ModelConfig, component: str, side: int = 64) -> int:
 def test_it_does_about_a_tenth_of_the_work_at_full_size() -> None:
     config = model_config(VAEConfig(), DecoderConfig())
     small, full = operations(config, "decoder_small"), operations(config, "vae")
-    assert 2e12 < full < 3e12
+    assert 2.9e12 < full < 3.2e12
     assert 0.05 < small / full < 0.13
 
 
