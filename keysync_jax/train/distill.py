@@ -123,7 +123,8 @@ def objective(config: DistillConfig, model: Any, vae: Any, batch: TrajectoryBatc
     loss, parts = trajectory, {"loss_trajectory": trajectory, "rmse": jnp.sqrt((error**2).sum() / generated)}
     if config.decodes:
         drawn = jnp.clip(decoded_frame(vae, clean, batch.frame_index), -1, 1)
-        wanted = jax.lax.stop_gradient(jnp.clip(decoded_frame(vae, end, batch.frame_index), -1, 1))
+    if config.decoded:
+        wanted = jnp.clip(decoded_frame(vae, end, batch.frame_index), -1, 1)
         parts["loss_decoded"] = _in_mouth(drawn - wanted, batch.mouth)
         loss += config.decoded * parts["loss_decoded"]
     if config.truth:

