@@ -192,8 +192,8 @@ def random_model(folder: Path, size: Size, dtype: Dtype, student: int | None = N
     )
     if student is not None:
         small = DecoderConfig(tuple(width // 2 for width in size.vae.block_out_channels), 1, SMALL_GROUPS)
-        own = {"guidance": GuidanceConfig("none"), "sigmas": STUDENTS[student], "decoder_small": small}
-        config = changed(config, **own)
+        unguided, grid = GuidanceConfig("none"), STUDENTS[student]
+        config = changed(config, guidance=unguided, sigmas=grid, decoder_small=small)
     block = np.random.default_rng(0).standard_normal(2**22 + 1, np.float32)
     tensors = {
         component: {

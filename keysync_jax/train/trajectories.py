@@ -158,7 +158,8 @@ def trajectories(
         if mine:
             job.load()
         phases = Phases(show=show and bool(mine) and jax.process_index() == 0)
-        with phases.phase("trajectories", len(mine), "parts") as advance:
+        done = job.parts - len(missing)
+        with phases.phase("trajectories", done + len(mine), "parts", done) as advance:
             for number in mine:
                 job.write(_shard(folder, number), number)
                 advance(1)
