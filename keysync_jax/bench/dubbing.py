@@ -32,9 +32,6 @@ from keysync_jax.synthetic.world import draw_clip, write_wave
 SEED = 3_000_017
 """World of the clips; its people are in no training set."""
 
-SMALL_GROUPS = 16
-"""Groups of every normalisation in a random small decoder, whose levels are half as wide as the VAE's."""
-
 
 @dataclass(frozen=True)
 class Dubbing:
@@ -191,7 +188,8 @@ def random_model(folder: Path, size: Size, dtype: Dtype, student: int | None = N
         provenance=dict.fromkeys(("keyframe", "interpolation", "vae"), "random"),
     )
     if student is not None:
-        small = DecoderConfig(tuple(width // 2 for width in size.vae.block_out_channels), 1, SMALL_GROUPS)
+        half = tuple(width // 2 for width in size.vae.block_out_channels)
+        small = DecoderConfig(half, norm_groups=size.vae.norm_groups // 2)
         unguided, grid = GuidanceConfig("none"), STUDENTS[student]
         config = changed(config, guidance=unguided, sigmas=grid, decoder_small=small)
     block = np.random.default_rng(0).standard_normal(2**22 + 1, np.float32)
