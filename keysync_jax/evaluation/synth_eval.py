@@ -1,24 +1,26 @@
 """How well a model dubs the synthetic world, whose truth is known: the job behind `keysync synth-eval`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keysync_jax.config import GuidanceConfig, Interval, MaskKind, to_dict
+from keysync_jax.diffusion.guidance import calls
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation.pairs import Pair, clips_digest, dubs_digest, read_mouths
 from keysync_jax.files import settle, write_json
 from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
 from keysync_jax.metrics.mouth import MouthReader, Mouths
-from keysync_jax.metrics.quality import flicker_ratio, psnr
+from keysync_jax.metrics.quality import flicker_ratio, psnr, sharpness_ratio
 from keysync_jax.metrics.sync import mean_correlation, mean_lag
 from keysync_jax.model import Model
 from keysync_jax.pipeline.devices import check_count, local_devices
 from keysync_jax.pipeline.dub import Decoder
 from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.sampling import guidance_of, sigmas_of
 from keysync_jax.synthetic.world import FORMAT
 
 SETTINGS, SCORES = "eval.json", "scores.json"
@@ -88,17 +90,24 @@ MEASURES: dict[str, tuple[str, Bar | None]] = {
     "psnr_mouth": ("PSNR of the mouth against the truth, dB", None),
     "psnr_occluder": ("PSNR of what covers the face against the source, dB", None),
     "psnr_vae": ("PSNR of the VAE alone over the face, dB", Bar(least=30)),
+    "sharpness": ("variance of the Laplacian in the mouth, dub over truth", None),
     "flicker": ("frame difference in the mouth, dub over truth", Bar(most=1.3)),
+    "calls": ("network calls of a window: branches of the guidance, over all steps", None),
 }
 """Name -> what it says, and its bar; in the order of the report."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Measures of one model in one setting, by the names of `MEASURES`."""
+    """Measures of one model in one setting, by the names of `MEASURES`.
+
+    Attributes:
+      spread: standard deviation over the clips, of the measures that a single clip has.
+    """
 
     clips: int
     values: Mapping[str, float]
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     def table(self, verdicts: bool = True) -> str:
         """One line a measure, with its bar and (`verdicts`) whether it is met."""
@@ -191,11 +200,22 @@ def measure(
             )
         series.append(_Series(dub, quiet, pair.spoken.opening, pair.unsaid.opening, pair.readable))
         pair.forget()
-    values = _of_mouths(series)
+    values, spread = _of_mouths(series), _spread(series, rows)
     for name in MEASURES:
         found = [row[name] for row in rows if name in row]
         values |= {name: float(np.mean(found))} if found else {}
-    return Scores(len(pairs), values)
+    sigmas = sigmas_of(model.config)
+    values["calls"] = calls(guidance_of(model.config.guidance, sigmas), len(sigmas) - 1)
+    return Scores(len(pairs), values, spread)
+
+
+def _spread(series: Sequence["_Series"], rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Standard deviation of each measure over the clips; of exchanged voices a single clip has none."""
+    if len(series) < 2:
+        return {}
+    each = [{**_of_mouths([one]), **row} for one, row in zip(series, rows, strict=True)]
+    found = {name: [clip[name] for clip in each if name in clip] for name in MEASURES if name != "shuffled"}
+    return {name: float(np.std(values, ddof=1)) for name, values in found.items() if len(values) > 1}
 
 
 def _of_mouths(series: Sequence[_Series]) -> dict[str, float]:
@@ -232,6 +252,7 @@ def _pictures(pair: Pair, frames: np.ndarray, size: int) -> dict[str, float]:
         "psnr_outside": psnr(dubbed, original, ~mouth),
         "psnr_truth": psnr(dubbed, truth),
         "psnr_mouth": psnr(dubbed, truth, mouth),
+        "sharpness": sharpness_ratio(dubbed, truth, mouth),
         "flicker": flicker_ratio(dubbed, truth, mouth),
     }
 
@@ -433,8 +454,16 @@ def report(scores: Mapping[str, Scores]) -> str:
     others = {name: s for name, s in scores.items() if name != "model"}
     if others:
         names = [n for n in MEASURES if n not in ("psnr_vae", "lag", "lip_leak_lite", "source_truth")]
-        lines += ["", f"{'':<22}" + "".join(f"{n:>14}" for n in names)]
+        lines += ["", f"{'':<30}" + "".join(f"{n:>17}" for n in names)]
         for name, score in {"model": scores["model"], **others}.items():
-            cells = [f"{score.values[n]:14.3f}" if n in score.values else f"{'-':>14}" for n in names]
-            lines.append(f"{name:<22}" + "".join(cells) + f"   ({score.clips} clips)")
+            cells = "".join(f"{_cell(score, measure):>17}" for measure in names)
+            lines.append(f"{name:<30}{cells}   ({score.clips} clips)")
     return "\n".join(lines)
+
+
+def _cell(score: Scores, measure: str) -> str:
+    """A value, and its spread over the clips."""
+    if measure not in score.values:
+        return "-"
+    spread = f" +-{score.spread[measure]:.3f}" if measure in score.spread else ""
+    return f"{score.values[measure]:.3f}{spread}"
