@@ -16,7 +16,8 @@ between them. Of every window of the stage that is distilled one record is kept:
 | frame | uint8 | `[bytes]` | its pixels as JPEG, where the datasets have them |
 
 A folder holds `settings.json`, shards of `PART` stretches each, which are a function of the settings and
-their number alone, and at last `manifest.json`. An interrupted job goes on with the shards that are missing.
+their number alone (but for rounding, where calls have another size), and at last `manifest.json`. An
+interrupted job goes on with the shards that are missing.
 """
 
 import json
@@ -236,9 +237,16 @@ class _Job:
                 f"{config.init.path}: its {config.stage.kind} stage is not the one that the config describes "
                 "(stage.*); a student has its teacher's sizes and audio encoder"
             )
+        if self.teacher.config.mask != config.data.mask:
+            raise UserError(
+                f"{config.init.path}: is for masks of the kind {self.teacher.config.mask}, data.mask is "
+                f"{config.data.mask}"
+            )
         self.sigmas = sigmas_of(self.teacher.config)
         self.kept = self._steps()
         self.student = student_of(self.distill.student) if self.distill.student else None
+        if self.student is not None and self.student[0].stage != self.teacher.config.keyframe:
+            raise UserError(f"{self.distill.student}: is not the run of a student of {config.init.path}")
         self.parts = -(-self.distill.clips // PART)
         clips = [(d, c) for d, dataset in enumerate(datasets) for c in range(len(dataset.clips))]
         self.clips = [
@@ -334,10 +342,8 @@ class _Job:
         stretch, stage = self._stretch(number), self.config.stage
         rng = np.random.default_rng([self.config.seed, number, 1])
         dataset, model = stretch.dataset, self.teacher.config
-        kinds = {audio_name(s.audio_encoder) for s in (model.stage("keyframe"), stage)}
-        if stage.kind == "keyframe":
-            kinds = {audio_name(stage.audio_encoder)}
-        records = dataset.read(stretch.clip, stretch.frames, ["mean", "landmarks", *sorted(kinds)])
+        voices = sorted({audio_name(s.audio_encoder) for s in (model.keyframe, stage)})
+        records = dataset.read(stretch.clip, stretch.frames, ["mean", "landmarks", *voices])
         clip = self._clip(stretch, records)
         plan = make_plan(len(stretch.frames))
         sampling = replace(self.sampling, seed=stretch.seed)
