@@ -222,27 +222,45 @@ def test_a_run_that_was_cut_off_goes_through_the_same_losses(
     assert len(losses(run)) == 6
 
 
-def test_a_student_is_a_model_like_any_other(run: Path, teacher: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_student_is_a_model_like_any_other(run: Path, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one table"):
         export([run], tmp_path / "half", teacher)
-    config = config_of(
-        teacher,
-        dataset,
-        dataclasses.replace(STUDENT, clips=2, student=str(run)),
-        stage=open_model(teacher, only=()).config.interpolation,
-        steps=1,
-    )
-    assert train(config, tmp_path / "between", show=False).step == 1
-    windows = Trajectories(tmp_path / "between/trajectories")
-    assert len(windows) == 3 + 2
-    assert windows.settings.student
-    export([run, tmp_path / "between"], tmp_path / "student", teacher)
+    # A base whose interpolation stage is for the student's levels.
+    shutil.copytree(teacher, tmp_path / "base")
+    config = json.loads((teacher / "config.json").read_bytes())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"sigmas": GRID}))
+    export([run], tmp_path / "student", tmp_path / "base")
     found = open_model(tmp_path / "student").config
     assert (found.sigmas, found.guidance) == (GRID, GuidanceConfig("none"))
     assert open_model(teacher).fingerprint in found.provenance["keyframe"]
     np.testing.assert_array_equal(sigmas_of(found), [*GRID, 0])
     with pytest.raises(UserError, match="distilled for 2 steps"):
         sigmas_of(found, 10)
+
+
+def test_the_interpolation_stage_sees_the_student_s_keyframes(
+    run: Path, teacher: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """In every second stretch; the others, and all else, are the same with and without a student."""
+    stage = open_model(teacher, only=()).config.interpolation
+    made = []
+    for name, student in (("teacher", ""), ("student", str(run))):
+        distill = dataclasses.replace(STUDENT, clips=2, student=student)
+        config = config_of(teacher, dataset, distill, stage=stage)
+        made.append(trajectories(config, [Dataset(dataset)], tmp_path / name, False))
+    assert [len(one) for one in made] == [5, 5]
+    assert [bool(one.settings.student) for one in made] == [False, True]
+    without, with_student = ([one.read(n) for n in range(5)] for one in made)
+    same = [
+        np.array_equal(a["reference"], b["reference"]) for a, b in zip(without, with_student, strict=True)
+    ]
+    first = same.count(True)
+    assert first in (2, 3)
+    assert same == [True] * first + [False] * (5 - first)
+    for a, b in zip(without, with_student, strict=True):
+        assert a["reference"].shape == (2, 8, 8, 4)
+        np.testing.assert_array_equal(a["states"][0], b["states"][0])
+        np.testing.assert_array_equal(a["audio"], b["audio"])
 
 
 def test_settings_that_a_distillation_would_not_look_at(teacher: Path, dataset: Path) -> None:
