@@ -129,6 +129,23 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the small decoder, which is distilled from a VAE's. Defaults: full size.
+
+    Attributes:
+      block_out_channels: width of each level, as many as the VAE has.
+      layers_per_block: resnets of a level.
+    """
+
+    block_out_channels: tuple[int, ...] = (64, 128, 256, 256)
+    layers_per_block: int = 1
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "a small decoder")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One of the two diffusion stages (section 3.3 of the paper).
 
@@ -150,6 +167,10 @@ class StageConfig:
         _check_sizes(self, f"the {self.kind} stage")
 
 
+Interval = tuple[float, float]
+"""Lowest and highest noise level (sigma), both within."""
+
+
 @dataclass(frozen=True)
 class GuidanceConfig:
     """How samples are guided.
@@ -159,12 +180,32 @@ class GuidanceConfig:
         or "none".
       audio, identity: scales of the separated guidance.
       scale: of plain classifier-free guidance.
+      audio_interval, identity_interval, scale_interval: noise levels at which each scale holds; at others it
+        is 1, and branches that cancel are not computed. None: at all, as the paper does.
     """
 
     kind: Literal["separated", "cfg", "none"] = "separated"
     audio: float = 5.0
     identity: float = 2.0
     scale: float = 2.0
+    audio_interval: Interval | None = None
+    identity_interval: Interval | None = None
+    scale_interval: Interval | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("audio_interval", "identity_interval", "scale_interval"):
+            interval = getattr(self, name)
+            if interval is not None and not 0 <= interval[0] <= interval[1]:
+                raise UserError(
+                    f"guidance.{name} is {interval[0]:g} to {interval[1]:g}, not from a noise level up to "
+                    "one as high or higher"
+                )
+
+    def within(self, audio: Interval | None, identity: Interval | None) -> "GuidanceConfig":
+        """The same in intervals of the noise level; plain guidance, of one scale, takes the audio's."""
+        return dataclasses.replace(
+            self, audio_interval=audio, identity_interval=identity, scale_interval=audio
+        )
 
 
 @dataclass(frozen=True)
@@ -296,6 +337,30 @@ class LogMelConfig:
         return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
 
+def check_levels(decoder: DecoderConfig, vae: VAEConfig) -> None:
+    """Refuses a small decoder that makes pictures of another size than the VAE does.
+
+    Raises:
+      UserError: it has another number of levels.
+    """
+    own, whole = len(decoder.block_out_channels), len(vae.block_out_channels)
+    if own != whole:
+        raise UserError(
+            f"the small decoder has {own} levels, the VAE {whole}; its pictures would differ in size"
+        )
+
+
+def check_sigmas(sigmas: tuple[float, ...], what: str) -> None:
+    """Refuses noise levels that do not fall towards 0.
+
+    Raises:
+      UserError: names `what` they are.
+    """
+    if any(not sigma > 0 for sigma in sigmas) or list(sigmas) != sorted(set(sigmas), reverse=True):
+        levels = ", ".join(f"{sigma:g}" for sigma in sigmas)
+        raise UserError(f"{what}: {levels} are not noise levels above 0, the highest first")
+
+
 EncoderConfig = SpeechConfig | LogMelConfig
 
 
@@ -313,6 +378,9 @@ class ModelConfig:
       mask: strategy of the masks that the weights were trained with.
       guidance: scales to sample with.
       steps: number that the align-your-steps schedule is asked for (10 takes 11 Euler steps).
+      decoder_small: sizes of the small decoder; None: the model has none.
+      sigmas: noise levels that the stages were distilled for, highest first, without a last 0; empty: those
+        of the schedule.
       provenance: where each component came from, for the reader.
     """
 
@@ -323,6 +391,8 @@ class ModelConfig:
     mask: MaskKind = "box"
     guidance: GuidanceConfig = GuidanceConfig()
     steps: int = 10
+    decoder_small: DecoderConfig | None = None
+    sigmas: tuple[float, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
 
     def stage(self, kind: StageKind) -> StageConfig:
@@ -330,6 +400,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuses parts that do not fit each other."""
+        check_sigmas(self.sigmas, "sigmas")
+        if self.decoder_small is not None:
+            check_levels(self.decoder_small, self.vae)
         for name, encoder in self.encoders.items():
             if encoder.kind != name:
                 raise UserError(f"the {name} encoder holds the settings of a {encoder.kind} encoder")

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from keysync_jax.config import (
+    DecoderConfig,
     EncoderKind,
     LogMelConfig,
     ModelConfig,
@@ -31,6 +32,7 @@ from keysync_jax.config import (
 from keysync_jax.errors import UserError
 from keysync_jax.files import fingerprint, new_folder, sha256_once, write_json
 from keysync_jax.hub import Address, File, is_address, locate
+from keysync_jax.nn.frame_decoder import FrameDecoder
 from keysync_jax.nn.functional import shapes
 from keysync_jax.nn.speech import SpeechModel
 from keysync_jax.nn.stages import stage
@@ -60,21 +62,30 @@ class Network(NamedTuple):
 def components(config: ModelConfig) -> list[str]:
     """Names of the components; the file of each is `NAME.safetensors`. Log-mel has no weights and no file."""
     speech = sorted(kind for kind, encoder in config.encoders.items() if isinstance(encoder, SpeechConfig))
-    return ["keyframe", "interpolation", "vae", *(f"audio_{kind}" for kind in speech)]
+    small = ["decoder_small"] if config.decoder_small else []
+    return ["keyframe", "interpolation", "vae", *small, *(f"audio_{kind}" for kind in speech)]
 
 
 @dataclass(frozen=True)
 class Maker:
-    """Builds the module of a component; two of the same sizes are equal."""
+    """Builds the module of a component; two of the same sizes are equal.
 
-    sizes: StageConfig | VAEConfig | SpeechConfig
+    Attributes:
+      vae: sizes of the VAE whose latents a small decoder takes.
+    """
+
+    sizes: StageConfig | VAEConfig | DecoderConfig | SpeechConfig
     dtype: Any
+    vae: VAEConfig | None = None
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
         if isinstance(self.sizes, StageConfig):
             return stage(self.sizes, dtype=self.dtype, rngs=rngs)
         if isinstance(self.sizes, VAEConfig):
             return VAE(self.sizes, dtype=self.dtype, rngs=rngs)
+        if isinstance(self.sizes, DecoderConfig):
+            assert self.vae is not None
+            return FrameDecoder(self.sizes, self.vae, dtype=self.dtype, rngs=rngs)
         return SpeechModel(self.sizes, dtype=self.dtype, rngs=rngs)
 
 
@@ -84,6 +95,9 @@ def maker(config: ModelConfig, component: str, dtype: Any = jnp.float32) -> Make
         return Maker(config.keyframe if component == "keyframe" else config.interpolation, dtype)
     if component == "vae":
         return Maker(config.vae, dtype)
+    if component == "decoder_small":
+        assert config.decoder_small is not None
+        return Maker(config.decoder_small, dtype, config.vae)
     encoder = config.encoders[component.removeprefix("audio_")]
     assert isinstance(encoder, SpeechConfig)  # Log-mel is no component.
     return Maker(encoder, dtype)
@@ -106,9 +120,15 @@ def network_shapes(config: ModelConfig, component: str, dtype: str = "fp32") -> 
     return Network(graphdef, held)
 
 
-def _trained_on(config: ModelConfig, component: str) -> dict[str, str]:
-    """What a component's own file says of it, so that an edited `config.json` is noticed."""
+def _trained_on(config: ModelConfig, component: str, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What a component's own file says of it, so that an edited `config.json` is noticed.
+
+    Args:
+      hashes: of the components that come before it.
+    """
     metadata = {"component": component}
+    if component == "decoder_small":
+        metadata["vae"] = hashes["vae.safetensors"]
     if component in ("keyframe", "interpolation"):
         kind = config.keyframe if component == "keyframe" else config.interpolation
         metadata["audio_encoder"] = kind.audio_encoder
@@ -212,7 +232,7 @@ def open_model(
             raise UserError(f"{folder / 'config.json'}: has no hash of {path.name}")
         if not path.is_file():
             raise UserError(f"{path}: this component of the model is missing")
-        _check_component(config, component, TensorFile(path))
+        _check_component(config, component, TensorFile(path), hashes)
         _check_bytes(path, hashes, progress)
     return Model(folder, config, hashes | _settings_hashes(config))
 
@@ -256,11 +276,13 @@ def save_model(
         read one at a time.
       progress: is told of each component's bytes once they are written.
     """
-    hashes = {}
+    hashes: dict[str, str] = {}
     with new_folder(folder) as inner:
         for component in components(config):
             name = f"{component}.safetensors"
-            hashes[name] = write_tensors(inner / name, tensors[component], _trained_on(config, component))
+            hashes[name] = write_tensors(
+                inner / name, tensors[component], _trained_on(config, component, hashes)
+            )
             if progress is not None:
                 progress((inner / name).stat().st_size)
         content = {"format": FORMAT, **to_dict(config), "files": hashes}
@@ -296,9 +318,15 @@ def _check_bytes(path: Path, hashes: Mapping[str, str], progress: Progress | Non
         raise UserError(f"{path}: was altered after the model was made (its SHA-256 is not config.json's)")
 
 
-def _check_component(config: ModelConfig, component: str, file: TensorFile) -> None:
-    for key, value in _trained_on(config, component).items():
+def _check_component(
+    config: ModelConfig, component: str, file: TensorFile, hashes: Mapping[str, str]
+) -> None:
+    for key, value in _trained_on(config, component, hashes).items():
         found = file.metadata.get(key)
+        if key == "vae" and found != value:
+            raise UserError(
+                f"{file.path}: was distilled from another VAE than vae.safetensors; pictures would be wrong"
+            )
         if key == "audio_encoder" and found != value:
             raise UserError(
                 f"{file.path}: these weights were trained on {found} features, "

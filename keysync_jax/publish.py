@@ -4,12 +4,11 @@ import json
 import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from keysync_jax import __version__
-from keysync_jax.config import ModelConfig, StageKind
+from keysync_jax.config import ModelConfig, StageKind, to_dict
 from keysync_jax.convert import released
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation.synth_eval import MEASURES, SETTINGS, identity
@@ -163,12 +162,16 @@ def _settings_of(config: ModelConfig) -> str:
     for kind in typing.get_args(StageKind):
         stage = config.stage(kind)
         rows.append((kind, stage.audio_encoder, ", ".join(map(str, stage.unet.block_out_channels))))
-    guidance = ", ".join(f"{name} {value}" for name, value in asdict(config.guidance).items())
+    scales = to_dict(config.guidance).items()
+    guidance = ", ".join(f"{name} {value}" for name, value in scales if value is not None)
+    steps = f"Steps: {config.steps}"
+    if config.sigmas:
+        steps = f"Noise levels: {', '.join(map(str, config.sigmas))}"
     return (
         "## Stages\n\nEach hears through the encoder that it was trained on; another loses the sync.\n\n"
         + _table(("stage", "audio encoder", "widths of the U-Net"), rows)
         + f"\n\nCrops of {config.crop_size} pixels, 25 frames a second, {config.keyframe.frames} a call. "
-        f"Mask: {config.mask}. Guidance: {guidance}. Steps: {config.steps}."
+        f"Mask: {config.mask}. Guidance: {guidance}. {steps}."
     )
 
 

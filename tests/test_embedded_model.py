@@ -162,6 +162,8 @@ def test_a_report_says_what_was_missed() -> None:
     lines = report({"model": scores, "no guidance": scores}).splitlines()
     assert any(line.startswith("shuffled") and "MISSED" in line for line in lines)
     assert any(line.startswith("no guidance") for line in lines)
+    spread = report({"model": scores, "other": Scores(2, {"sync": 0.9}, {"sync": 0.0125})}).splitlines()[-1]
+    assert "0.900 +-0.013" in spread
     plain = scores.table(verdicts=False)
     assert "<= 0.2" in plain
     assert not {"ok", "MISSED"} & set(plain.split())

@@ -16,7 +16,8 @@ import numpy as np
 from keysync_jax.bench.measure import Timing, fresh_store
 from keysync_jax.bench.report import against
 from keysync_jax.bench.sizes import Size
-from keysync_jax.config import Dtype, ModelConfig
+from keysync_jax.config import DecoderConfig, Dtype, GuidanceConfig, ModelConfig
+from keysync_jax.diffusion.schedule import STUDENTS
 from keysync_jax.errors import UserError
 from keysync_jax.files import temporary_folder
 from keysync_jax.media.landmarks import save_landmarks
@@ -168,12 +169,14 @@ def _framed(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     return cv2.copyMakeBorder(face, y, height - side - y, x, width - side - x, cv2.BORDER_REPLICATE)
 
 
-def random_model(folder: Path, size: Size, dtype: Dtype) -> Path:
+def random_model(folder: Path, size: Size, dtype: Dtype, student: int | None = None) -> Path:
     """Writes a model directory of a size, its weights random: what it dubs is noise, in a true model's time.
 
     Args:
       folder: a new one.
       dtype: of the matrices.
+      student: steps of `schedule.STUDENTS` that it takes, unguided, with a small decoder beside the VAE's
+        own; None: it is guided and takes the whole table.
     """
     between = size.stage
     unet = changed(between.unet, in_channels=between.unet.in_channels - 1)
@@ -184,6 +187,11 @@ def random_model(folder: Path, size: Size, dtype: Dtype) -> Path:
         encoders={"hubert": size.speech},
         provenance=dict.fromkeys(("keyframe", "interpolation", "vae"), "random"),
     )
+    if student is not None:
+        half = tuple(width // 2 for width in size.vae.block_out_channels)
+        small = DecoderConfig(half, norm_groups=size.vae.norm_groups // 2)
+        unguided, grid = GuidanceConfig("none"), STUDENTS[student]
+        config = changed(config, guidance=unguided, sigmas=grid, decoder_small=small)
     block = np.random.default_rng(0).standard_normal(2**22 + 1, np.float32)
     tensors = {
         component: {

@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [a for a in given if a.startswith("--config.")]
     parser = _parser()
     arguments = parser.parse_args([a for a in given if a not in overrides])
-    if overrides and arguments.run is not training.run_train:
+    trains = arguments.run in (training.run_train, training.run_distill)
+    if overrides and not trains:
         parser.error(f"{overrides[0]} is a setting of keysync train")
     arguments.overrides, arguments.rest = overrides, rest
     # A training run has a way of its own: it finishes the step under way and saves it.
-    trains = arguments.run is training.run_train
     with stopping_in_order(not trains):
         try:
             code = _run(arguments)
@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         data.add_prepare,
         training.add_train,
         launching.add_launch,
+        training.add_distill,
         models.add_export,
         training.add_init,
         data.add_synth,

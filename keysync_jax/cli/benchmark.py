@@ -65,6 +65,13 @@ def _add_dub(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL_DIR",
         help="default: the embedded one, of other sizes random ones",
     )
+    dub.add_argument(
+        "--student",
+        type=int,
+        choices=(1, 2, 4),
+        metavar="STEPS",
+        help="the random model is a student of 4, 2 or 1 steps with a small decoder, which is used",
+    )
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +118,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 _ONLY = {
     "report": ("minutes", "golden"),
-    "dub": ("video", "voice", "landmarks", "frame", "model"),
+    "dub": ("video", "voice", "landmarks", "frame", "model", "student"),
     "train": ("config", "vary", "set", "mesh"),
     "metrics": ("metrics", "pairs", "clips", "weights"),
 }
@@ -265,7 +272,12 @@ def _dubs(arguments: argparse.Namespace, size: Any, dtype: Any, repeats: int) ->
     if arguments.memory is not None:
         settings = dataclasses.replace(settings, memory=arguments.memory)
     with temporary_folder("keysync-bench-dub") as folder:
-        if arguments.model is not None:
+        if arguments.student is not None:
+            if arguments.model is not None:
+                raise UserError("--student is of a random model; a --model is what it is")
+            model = random_model(folder / "model", size, dtype, arguments.student)
+            settings = dataclasses.replace(settings, decoder="small")
+        elif arguments.model is not None:
             model = model_folder(arguments.model)
         elif arguments.size in (None, "tiny"):
             model = DEFAULT

@@ -4,6 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TypeAlias
 
+from keysync_jax.config import Interval
+from keysync_jax.errors import UserError
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a subcommand adds its parser to."""
 
@@ -40,6 +43,49 @@ def add_ray(parser: argparse.ArgumentParser) -> None:
         const="",
         metavar="ADDRESS",
         help="work on a Ray cluster: that address, else RAY_ADDRESS, else this machine alone",
+    )
+
+
+def add_guidance_interval(parser: argparse.ArgumentParser) -> None:
+    """`--guidance-interval`, of a subcommand that dubs; see `intervals`."""
+    parser.add_argument(
+        "--guidance-interval",
+        action="append",
+        default=[],
+        metavar="[audio=|identity=]LOW:HIGH",
+        help="guide at these noise levels alone, e.g. 1.5:8, half of the work (default: the model's)",
+    )
+
+
+def intervals(arguments: argparse.Namespace) -> tuple[Interval | None, Interval | None]:
+    """What `--guidance-interval` says of the audio's scale, and of the identity's.
+
+    Raises:
+      UserError: it is no interval, or there are two of a scale.
+    """
+    found: dict[str, Interval] = {}
+    for text in arguments.guidance_interval:
+        scale, equals, levels = text.rpartition("=")
+        try:
+            low, high = (float(level) for level in levels.split(":"))
+        except ValueError:
+            raise UserError(f"--guidance-interval takes LOW:HIGH, e.g. 1.5:8, not {levels!r}") from None
+        if equals and scale not in ("audio", "identity"):
+            raise UserError(f"--guidance-interval {text}: the scales are audio and identity, not {scale!r}")
+        for name in [scale] if equals else ["audio", "identity"]:
+            if name in found:
+                raise UserError(f"--guidance-interval was given twice for {name}")
+            found[name] = low, high
+    return found.get("audio"), found.get("identity")
+
+
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """`--decoder`, of a subcommand that dubs."""
+    parser.add_argument(
+        "--decoder",
+        choices=("full", "small"),
+        default="full",
+        help="the VAE's, or the model's small one (default full)",
     )
 
 

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from keysync_jax.cli.common import (
     Commands,
     add_allow_download,
+    add_decoder,
     add_devices,
+    add_guidance_interval,
     add_ray,
     fetch_models,
+    intervals,
     keep_compiled_programs,
 )
 from keysync_jax.errors import UserError
@@ -127,6 +130,8 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batch of windows a device, at most (default: 1; as many as fit with --memory fast)",
     )
+    add_guidance_interval(parser)
+    add_decoder(parser)
     add_devices(parser)
 
 
@@ -138,8 +143,12 @@ def _warm(arguments: argparse.Namespace) -> int:
 
     if arguments.seconds <= 0:
         raise UserError(f"a voice lasts more than {arguments.seconds:g} seconds")
+    audio, identity = intervals(arguments)
     settings = DubSettings(
         steps=arguments.steps,
+        audio_interval=audio,
+        identity_interval=identity,
+        decoder=arguments.decoder,
         dtype=arguments.dtype,
         memory=arguments.memory,
         windows_per_call=arguments.windows_per_call,
@@ -162,6 +171,7 @@ def _dub(arguments: argparse.Namespace) -> int:
     keep_compiled_programs()
     from keysync_jax.pipeline.dub import DubSettings
 
+    audio, identity = intervals(arguments)
     settings = DubSettings(
         landmarks=arguments.landmarks,
         landmark_model=arguments.landmark_model,
@@ -171,6 +181,9 @@ def _dub(arguments: argparse.Namespace) -> int:
         longer_voice=arguments.longer_voice,
         provenance=arguments.provenance,
         steps=arguments.steps,
+        audio_interval=audio,
+        identity_interval=identity,
+        decoder=arguments.decoder,
         seed=arguments.seed,
         dtype=arguments.dtype,
         quality=arguments.quality,

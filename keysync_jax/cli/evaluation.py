@@ -6,8 +6,11 @@ from pathlib import Path
 from keysync_jax.cli.common import (
     Commands,
     add_allow_download,
+    add_decoder,
     add_devices,
+    add_guidance_interval,
     fetch_models,
+    intervals,
     keep_compiled_programs,
 )
 from keysync_jax.errors import UserError
@@ -28,6 +31,13 @@ def add_synth_eval(commands: Commands) -> None:
         "--ablation-clips", type=int, default=8, metavar="N", help="pairs of a variant (default 8)"
     )
     parser.add_argument(
+        "--intervals",
+        action="store_true",
+        help="measure guidance in intervals of noise levels too",
+    )
+    add_guidance_interval(parser)
+    add_decoder(parser)
+    parser.add_argument(
         "--compare",
         action="append",
         default=[],
@@ -41,8 +51,9 @@ def add_synth_eval(commands: Commands) -> None:
 
 def _synth_eval(arguments: argparse.Namespace) -> int:
     keep_compiled_programs()
-    from keysync_jax.evaluation.synth_eval import EvalSettings, evaluate, report
+    from keysync_jax.evaluation.synth_eval import EvalSettings, evaluate, guided, report
     from keysync_jax.model import DEFAULT, open_model
+    from keysync_jax.pipeline.dub import DubSettings
 
     settings = EvalSettings(
         clips=arguments.clips,
@@ -50,6 +61,8 @@ def _synth_eval(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         ablations=arguments.ablations,
         ablation_clips=arguments.ablation_clips,
+        intervals=arguments.intervals,
+        decoder=arguments.decoder,
         devices=arguments.devices,
     )
     others = dict(_named_folder(text) for text in arguments.compare)
@@ -58,6 +71,9 @@ def _synth_eval(arguments: argparse.Namespace) -> int:
     fetch_models(arguments, arguments.model, *others.values())
     models = {name: open_model(folder) for name, folder in others.items()}
     model = open_model(arguments.model or DEFAULT)
+    audio, identity = intervals(arguments)
+    asked = DubSettings(audio_interval=audio, identity_interval=identity)
+    model = guided(model, asked.guidance(model.config.guidance))
     scores = evaluate(model, arguments.output, settings, models, show_progress=True)
     print(report(scores))
     return 1 if scores["model"].missed else 0

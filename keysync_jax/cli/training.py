@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from keysync_jax.cli.common import Commands, add_allow_download, fetch_models, keep_compiled_programs
+from keysync_jax.errors import UserError
 
 _LAST_WORDS_SECONDS = 3
 
@@ -56,6 +57,36 @@ def leave_the_others(code: int) -> None:
     # With process 0 the service ends that keeps all together, and the others may have something to say.
     time.sleep(_LAST_WORDS_SECONDS if jax.process_index() == 0 else 0)
     leave(code)
+
+
+def add_distill(commands: Commands) -> None:
+    """`keysync distill`."""
+    from keysync_jax.launch.train import add_arguments
+
+    parser = commands.add_parser("distill", help="train a student that needs fewer network calls")
+    parser.add_argument(
+        "--teacher", required=True, metavar="MODEL_DIR", help="whose stage learns to do with less"
+    )
+    add_arguments(parser)
+    add_allow_download(parser)
+    less = "try a smaller batch_size with optimizer.accumulate, remat=layer, or a larger mesh.fsdp"
+    parser.set_defaults(run=run_distill, resumable=True, less_memory=less)
+
+
+def run_distill(arguments: argparse.Namespace) -> int:
+    """Trains a student; returns the exit code. Takes `--config.x.y=v` too."""
+    from keysync_jax.train.config import TrainConfig
+    from keysync_jax.train.config_file import OVERRIDE, load_config
+
+    teacher = {"init.kind": "keysync", "init.path": arguments.teacher, "init.vae": arguments.teacher}
+    arguments.overrides = [
+        *arguments.overrides,
+        *(f"{OVERRIDE}{name}={value}" for name, value in teacher.items()),
+    ]
+    config = load_config(arguments.config, arguments.overrides)
+    if not isinstance(config, TrainConfig) or config.distill is None:
+        raise UserError(f"{arguments.config}: says nothing of a student (distill); take configs/distill_*.py")
+    return run_train(arguments)
 
 
 def add_init(commands: Commands) -> None:

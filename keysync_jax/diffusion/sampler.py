@@ -1,5 +1,6 @@
-"""Euler sampling of the probability-flow ODE: one `lax.scan` over a table of noise levels."""
+"""Euler sampling of the probability-flow ODE: a `lax.scan` over a table of noise levels."""
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import jax
@@ -25,27 +26,50 @@ def sample(denoise: Denoise, noise: Array, sigmas: Array) -> Array:
     Returns:
       `[B, ...]` fp32.
     """
+    return sample_in_parts([(denoise, slice(None))], noise, sigmas)
+
+
+def sample_in_parts(parts: Iterable[tuple[Denoise, slice]], noise: Array, sigmas: Array) -> Array:
+    """`sample` with one denoiser after another, a loop each.
+
+    Args:
+      parts: denoisers, and the steps of each: stretches of the table, in order, that leave none out.
+    """
     sigmas = jnp.asarray(sigmas, jnp.float32)
+    x = start(noise, sigmas)
+    for denoise, where in parts:
 
-    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        return _euler(denoise, x, *pair)[0], None
+        def step(x: Array, pair: tuple[Array, Array], denoise: Denoise = denoise) -> tuple[Array, None]:
+            return _euler(denoise, x, *pair)[0], None
 
-    return jax.lax.scan(step, _start(noise, sigmas), (sigmas[:-1], sigmas[1:]))[0]
+        x, _ = jax.lax.scan(step, x, (sigmas[:-1][where], sigmas[1:][where]))
+    return x
 
 
-def steps(denoise: Denoise, noise: Array, sigmas: Array) -> tuple[Array, Array]:
-    """Where each step of `sample` arrives, and the clean latents it went towards, `[steps, B, ...]` fp32."""
+def steps(parts: Iterable[tuple[Denoise, slice]], noise: Array, sigmas: Array) -> tuple[Array, Array]:
+    """Where each step of `sample_in_parts` arrives, and the clean latents that it went towards.
+
+    Returns:
+      Two arrays `[steps, B, ...]` fp32.
+    """
     sigmas = jnp.asarray(sigmas, jnp.float32)
+    x, found = start(noise, sigmas), []
+    for denoise, where in parts:
 
-    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        x, clean = _euler(denoise, x, *pair)
-        return x, (x, clean)
+        def step(
+            x: Array, pair: tuple[Array, Array], denoise: Denoise = denoise
+        ) -> tuple[Array, tuple[Array, Array]]:
+            x, clean = _euler(denoise, x, *pair)
+            return x, (x, clean)
 
-    return jax.lax.scan(step, _start(noise, sigmas), (sigmas[:-1], sigmas[1:]))[1]
+        x, each = jax.lax.scan(step, x, (sigmas[:-1][where], sigmas[1:][where]))
+        found.append(each)
+    arrived, clean = (jnp.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return arrived, clean
 
 
-def _start(noise: Array, sigmas: Array) -> Array:
-    # The start has the variance of data (1) and noise together.
+def start(noise: Array, sigmas: Array) -> Array:
+    """Where sampling begins: it has the variance of data (1) and of noise together."""
     return jnp.asarray(noise, jnp.float32) * jnp.sqrt(1 + sigmas[0] ** 2)
 
 

@@ -7,6 +7,13 @@ from keysync_jax.errors import UserError
 ALIGN_YOUR_STEPS = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
 """Noise levels optimised for SVD (Sabour et al. 2024); called "10 steps", it takes 11."""
 
+STUDENTS: dict[int, tuple[float, ...]] = {
+    4: (700.0, 15.886, 4.248, 1.789),
+    2: (700.0, 4.248),
+    1: (700.0,),
+}
+"""Steps -> noise levels of a student, all out of the table above."""
+
 
 def align_your_steps(n: int = 10) -> np.ndarray:
     """The reference's schedule.

@@ -13,7 +13,7 @@ from keysync_jax.bench.measure import flop_of
 from keysync_jax.bench.sizes import Size
 from keysync_jax.bench.workloads import workloads
 from keysync_jax.config import Dtype, SpeechConfig
-from keysync_jax.diffusion.schedule import align_your_steps
+from keysync_jax.diffusion.guidance import calls
 from keysync_jax.doctor.finding import Finding
 from keysync_jax.errors import UserError
 from keysync_jax.media.audio import RATE, frames_of, probe_audio, read_audio
@@ -25,7 +25,7 @@ from keysync_jax.media.video import VideoInfo, open_video, probe_video, read_fra
 from keysync_jax.model import Model
 from keysync_jax.pipeline.devices import local_devices
 from keysync_jax.pipeline.dub import DubSettings
-from keysync_jax.pipeline.sampling import guidance_of
+from keysync_jax.pipeline.sampling import guidance_of, sigmas_of
 from keysync_jax.pipeline.windows import make_plan, padded_length
 
 EVERY = 12
@@ -195,13 +195,13 @@ def _operations(model: Model, frames: int, settings: DubSettings) -> dict[str, f
         "keyframe": sum(bool(call.kept) for call in plan.keyframe_calls),
         "interpolation": len(plan.windows),
     }
-    levels = config.steps if settings.steps is None else settings.steps
-    calls = (len(align_your_steps(levels)) - 1) * len(guidance_of(config.guidance).branches)
+    sigmas = sigmas_of(config, settings.steps)
+    branches = calls(guidance_of(settings.guidance(config.guidance), sigmas), len(sigmas) - 1)
     speech = [encoder for encoder in config.encoders.values() if isinstance(encoder, SpeechConfig)]
     # Both stages are one network but for a few channels of its first convolution.
     size = Size(config.interpolation, config.vae, speech[0] if speech else SpeechConfig("hubert"))
     (network,) = workloads("unet", size, dtype, 1)
-    made = {kind: float(count * calls * flop_of(network)) for kind, count in windows.items()}
+    made = {kind: float(count * branches * flop_of(network)) for kind, count in windows.items()}
     for workload in workloads("vae", size, dtype, 1):
         made[workload.name] = frames * flop_of(workload)
     if speech:

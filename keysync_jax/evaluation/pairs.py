@@ -14,7 +14,7 @@ from keysync_jax.media.masks import mouth_region
 from keysync_jax.media.video import read_frames
 from keysync_jax.metrics.mouth import MouthReader, Mouths, eye_distance
 from keysync_jax.model import Model
-from keysync_jax.pipeline.dub import DubSettings, dub
+from keysync_jax.pipeline.dub import Decoder, DubSettings, dub
 from keysync_jax.pipeline.environment import environment
 from keysync_jax.pipeline.latents import decode_latents, encode_frames
 from keysync_jax.synthetic.phonemes import Utterance, silent_utterance
@@ -153,6 +153,7 @@ class Pair:
         occluder: bool = False,
         seed: int = 0,
         devices: int | None = None,
+        decoder: Decoder = "full",
     ) -> np.ndarray:
         """Frames of the dub as they are read back, uint8 `[T, S, S, 3]`; a file that is there is taken.
 
@@ -167,16 +168,18 @@ class Pair:
                 occluder=self.occluder_file if occluder else None,
                 seed=seed,
                 devices=devices,
+                decoder=decoder,
             )
             dub(self.video, self.silence if silent else self.voice, output, model, settings)
         return np.stack(list(read_frames(output)))[: len(self.source)]
 
-    def reconstructed(self, model: Model) -> np.ndarray:
-        """The source's crops through the VAE alone, uint8."""
+    def reconstructed(self, model: Model, decoder: Decoder = "full") -> np.ndarray:
+        """The source's crops through the VAE's encoder and a decoder alone, uint8."""
         vae, size = model.load("vae"), model.config.crop_size
+        network = model.load(DubSettings(decoder=decoder).component(model.config))
         with computing("fp32"):
             latents = np.concatenate(list(encode_frames(vae, self.crops(self.original, size))))
-            return np.rint(decode_latents(vae, latents)).astype(np.uint8)
+            return np.rint(decode_latents(network, latents)).astype(np.uint8)
 
 
 def clips_digest() -> str:

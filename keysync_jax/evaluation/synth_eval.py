@@ -1,23 +1,26 @@
 """How well a model dubs the synthetic world, whose truth is known: the job behind `keysync synth-eval`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keysync_jax.config import GuidanceConfig, MaskKind
+from keysync_jax.config import GuidanceConfig, Interval, MaskKind, to_dict
+from keysync_jax.diffusion.guidance import calls
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation.pairs import Pair, clips_digest, dubs_digest, read_mouths
 from keysync_jax.files import settle, write_json
 from keysync_jax.metrics.leakage import lip_leak, lip_leak_lite, source_correlation
 from keysync_jax.metrics.mouth import MouthReader, Mouths
-from keysync_jax.metrics.quality import flicker_ratio, psnr
+from keysync_jax.metrics.quality import flicker_ratio, psnr, sharpness_ratio
 from keysync_jax.metrics.sync import mean_correlation, mean_lag
 from keysync_jax.model import Model
 from keysync_jax.pipeline.devices import check_count, local_devices
+from keysync_jax.pipeline.dub import Decoder
 from keysync_jax.pipeline.phases import Phases
+from keysync_jax.pipeline.sampling import guidance_of, sigmas_of
 from keysync_jax.synthetic.world import FORMAT
 
 SETTINGS, SCORES = "eval.json", "scores.json"
@@ -32,6 +35,8 @@ class EvalSettings:
       seconds: length of each.
       seed: of the world.
       ablations: measure variants of guidance, another mask and occlusion too, on `ablation_clips` pairs each.
+      decoder: that all dubs are made with.
+      intervals: measure the model's guidance in intervals of noise levels too, on as many pairs.
       devices: of this host that share the work; all of them where None.
     """
 
@@ -40,6 +45,8 @@ class EvalSettings:
     seed: int = 1_000_003
     ablations: bool = False
     ablation_clips: int = 8
+    decoder: Decoder = "full"
+    intervals: bool = False
     devices: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,17 +90,24 @@ MEASURES: dict[str, tuple[str, Bar | None]] = {
     "psnr_mouth": ("PSNR of the mouth against the truth, dB", None),
     "psnr_occluder": ("PSNR of what covers the face against the source, dB", None),
     "psnr_vae": ("PSNR of the VAE alone over the face, dB", Bar(least=30)),
+    "sharpness": ("variance of the Laplacian in the mouth, dub over truth", None),
     "flicker": ("frame difference in the mouth, dub over truth", Bar(most=1.3)),
+    "calls": ("network calls of a window: branches of the guidance, over all steps", None),
 }
 """Name -> what it says, and its bar; in the order of the report."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Measures of one model in one setting, by the names of `MEASURES`."""
+    """Measures of one model in one setting, by the names of `MEASURES`.
+
+    Attributes:
+      spread: standard deviation over the clips, of the measures that a single clip has.
+    """
 
     clips: int
     values: Mapping[str, float]
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     def table(self, verdicts: bool = True) -> str:
         """One line a measure, with its bar and (`verdicts`) whether it is met."""
@@ -144,6 +158,7 @@ def measure(
     silence: bool = True,
     vae: bool = False,
     devices: int | None = None,
+    decoder: Decoder = "full",
 ) -> Scores:
     """Dubs every pair, with its voice and (`silence`) with none, and measures the result.
 
@@ -153,32 +168,54 @@ def measure(
       output: folder of the dubs; those that are there are taken.
       occluder: hand the pairs' occluder masks to the dub.
       vae: measure the VAE alone too.
-      devices: as `DubSettings` takes them.
+      devices, decoder: as `DubSettings` takes them.
     """
     size = model.config.crop_size
     series, rows = [], []
     for pair in pairs:
-        frames = pair.dubbed(model, output / f"{pair.number:05d}.mp4", occluder=occluder, devices=devices)
+        frames = pair.dubbed(
+            model,
+            output / f"{pair.number:05d}.mp4",
+            occluder=occluder,
+            devices=devices,
+            decoder=decoder,
+        )
         dub, quiet = read_mouths(reader, frames, pair), None
         rows.append(_pictures(pair, frames, size))
         advance(1)
         if silence:
             still = pair.dubbed(
-                model, output / f"{pair.number:05d}-silent.mp4", True, occluder, devices=devices
+                model,
+                output / f"{pair.number:05d}-silent.mp4",
+                True,
+                occluder,
+                devices=devices,
+                decoder=decoder,
             )
             quiet = read_mouths(reader, still, pair)
             advance(1)
         if vae:
             rows[-1]["psnr_vae"] = psnr(
-                pair.reconstructed(model), pair.crops(pair.original, size), pair.face(size)
+                pair.reconstructed(model, decoder), pair.crops(pair.original, size), pair.face(size)
             )
         series.append(_Series(dub, quiet, pair.spoken.opening, pair.unsaid.opening, pair.readable))
         pair.forget()
-    values = _of_mouths(series)
+    values, spread = _of_mouths(series), _spread(series, rows)
     for name in MEASURES:
         found = [row[name] for row in rows if name in row]
         values |= {name: float(np.mean(found))} if found else {}
-    return Scores(len(pairs), values)
+    sigmas = sigmas_of(model.config)
+    values["calls"] = calls(guidance_of(model.config.guidance, sigmas), len(sigmas) - 1)
+    return Scores(len(pairs), values, spread)
+
+
+def _spread(series: Sequence["_Series"], rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Standard deviation of each measure over the clips; of exchanged voices a single clip has none."""
+    if len(series) < 2:
+        return {}
+    each = [{**_of_mouths([one]), **row} for one, row in zip(series, rows, strict=True)]
+    found = {name: [clip[name] for clip in each if name in clip] for name in MEASURES if name != "shuffled"}
+    return {name: float(np.std(values, ddof=1)) for name, values in found.items() if len(values) > 1}
 
 
 def _of_mouths(series: Sequence[_Series]) -> dict[str, float]:
@@ -215,6 +252,7 @@ def _pictures(pair: Pair, frames: np.ndarray, size: int) -> dict[str, float]:
         "psnr_outside": psnr(dubbed, original, ~mouth),
         "psnr_truth": psnr(dubbed, truth),
         "psnr_mouth": psnr(dubbed, truth, mouth),
+        "sharpness": sharpness_ratio(dubbed, truth, mouth),
         "flicker": flicker_ratio(dubbed, truth, mouth),
     }
 
@@ -242,6 +280,18 @@ VARIANTS = {
     "plain CFG 2": GuidanceConfig("cfg", scale=2.0),
     "no guidance": GuidanceConfig("none"),
 }
+
+
+GUIDED: dict[str, tuple[Interval | None, Interval | None]] = {
+    "guidance at 1.5-8": ((1.5, 8), (1.5, 8)),
+    "guidance at 0.9-8": ((0.9, 8), (0.9, 8)),
+    "guidance at 1.5-16": ((1.5, 16), (1.5, 16)),
+    "guidance at 1.5-700": ((1.5, 700), (1.5, 700)),
+    "audio only at 1.5-8": ((1.5, 8), None),
+    "identity only at 1.5-8": (None, (1.5, 8)),
+    "audio at 1.5-16, identity off": ((1.5, 16), (0, 0)),
+}
+"""Rows of the sweep -> intervals of the audio's scale and of the identity's (None: all levels)."""
 
 
 def evaluate(
@@ -278,20 +328,42 @@ def evaluate(
             advance(1)
     with phases.phase("model", 2 * len(pairs), "dubs") as advance:
         dubs = _dubs(output, "model", model)
-        scores = {"model": measure(model, pairs, dubs, reader, advance, vae=True, devices=settings.devices)}
+        scores = {
+            "model": measure(
+                model,
+                pairs,
+                dubs,
+                reader,
+                advance,
+                vae=True,
+                devices=settings.devices,
+                decoder=settings.decoder,
+            )
+        }
     few = pairs[: settings.ablation_clips]
     variants = VARIANTS if settings.ablations else {}
     models = {name: guided(model, guidance) for name, guidance in variants.items()}
     if settings.ablations:
         models["mouth mask"] = masked(model, "mouth")
+    if settings.intervals:
+        scales = model.config.guidance
+        models |= {name: guided(model, scales.within(*each)) for name, each in GUIDED.items()}
     models |= others
     if models and len(few) < len(pairs):
         with phases.phase(SAME_CLIPS, 2 * len(few), "dubs") as advance:
-            scores[SAME_CLIPS] = measure(model, few, dubs, reader, advance, devices=settings.devices)
+            scores[SAME_CLIPS] = measure(
+                model, few, dubs, reader, advance, devices=settings.devices, decoder=settings.decoder
+            )
     for name, other in models.items():
         with phases.phase(name, 2 * len(few), "dubs") as advance:
             scores[name] = measure(
-                other, few, _dubs(output, name, other), reader, advance, devices=settings.devices
+                other,
+                few,
+                _dubs(output, name, other),
+                reader,
+                advance,
+                devices=settings.devices,
+                decoder=settings.decoder,
             )
     if settings.ablations:
         scores |= _occlusion(model, output, settings, reader, phases)
@@ -310,6 +382,7 @@ def _check_names(names: Iterable[str]) -> None:
         SETTINGS,
         SCORES,
         *VARIANTS,
+        *GUIDED,
         *OCCLUDED,
     }
     for name in names:
@@ -339,7 +412,15 @@ def _occlusion(
         dubs = _dubs(output, name, model)
         with phases.phase(name, len(pairs), "dubs") as advance:
             scores[name] = measure(
-                model, pairs, dubs, reader, advance, occluder=handled, silence=False, devices=settings.devices
+                model,
+                pairs,
+                dubs,
+                reader,
+                advance,
+                occluder=handled,
+                silence=False,
+                devices=settings.devices,
+                decoder=settings.decoder,
             )
     return scores
 
@@ -354,14 +435,17 @@ def _pair(output: Path, settings: EvalSettings, number: int, occluded: bool = Fa
 def _settle(output: Path, model: Model, settings: EvalSettings) -> None:
     """Makes the folder and notes what it is for, or checks that it was begun for the same."""
     world = {"world": FORMAT, "seconds": settings.seconds, "seed": settings.seed}
-    settle(output / SETTINGS, {**identity(model), **world}, "dubs", "another model or other clips")
+    small = {"decoder": settings.decoder} if settings.decoder != "full" else {}
+    settle(output / SETTINGS, {**identity(model), **world, **small}, "dubs", "another model or other clips")
 
 
 def identity(model: Model) -> dict[str, Any]:
     """Which model it is, whatever the code; JSON can hold it."""
     config = model.config
-    settings = {"guidance": asdict(config.guidance), "mask": config.mask, "steps": config.steps}
-    return {"files": dict(model.hashes), **settings}
+    guidance = {name: value for name, value in to_dict(config.guidance).items() if value is not None}
+    settings = {"guidance": guidance, "mask": config.mask, "steps": config.steps}
+    sigmas = {"sigmas": list(config.sigmas)} if config.sigmas else {}
+    return {"files": dict(model.hashes), **settings, **sigmas}
 
 
 def report(scores: Mapping[str, Scores]) -> str:
@@ -370,8 +454,16 @@ def report(scores: Mapping[str, Scores]) -> str:
     others = {name: s for name, s in scores.items() if name != "model"}
     if others:
         names = [n for n in MEASURES if n not in ("psnr_vae", "lag", "lip_leak_lite", "source_truth")]
-        lines += ["", f"{'':<22}" + "".join(f"{n:>14}" for n in names)]
+        lines += ["", f"{'':<30}" + "".join(f"{n:>17}" for n in names)]
         for name, score in {"model": scores["model"], **others}.items():
-            cells = [f"{score.values[n]:14.3f}" if n in score.values else f"{'-':>14}" for n in names]
-            lines.append(f"{name:<22}" + "".join(cells) + f"   ({score.clips} clips)")
+            cells = "".join(f"{_cell(score, measure):>17}" for measure in names)
+            lines.append(f"{name:<30}{cells}   ({score.clips} clips)")
     return "\n".join(lines)
+
+
+def _cell(score: Scores, measure: str) -> str:
+    """A value, and its spread over the clips."""
+    if measure not in score.values:
+        return "-"
+    spread = f" +-{score.spread[measure]:.3f}" if measure in score.spread else ""
+    return f"{score.values[measure]:.3f}{spread}"

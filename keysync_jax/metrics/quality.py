@@ -81,8 +81,35 @@ def laplacian_variance(frame: np.ndarray) -> float:
     Args:
       frame: uint8 RGB `[H, W, 3]`.
     """
-    grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    return float(cv2.Laplacian(grey, cv2.CV_64F).var())
+    return float(_laplacian(frame).var())
+
+
+def sharpness_ratio(dub: np.ndarray, truth: np.ndarray, region: np.ndarray) -> float:
+    """Variance of the Laplacian of a dub over that of the truth within a region; no unit, 1 is best.
+
+    Below it the dub is softer than the truth, above it sharper or noisier. Variances are means over frames.
+
+    Args:
+      dub, truth: uint8 RGB `[T, H, W, 3]`.
+      region: bool or 0 and 1, `[T, H, W]` or `[H, W]`; frames without a pixel of it do not count.
+
+    Raises:
+      ValueError: there is no such frame, or the truth is flat within the region.
+    """
+    inside = _inside(region, truth.shape[:-1])
+
+    def variance(frames: np.ndarray) -> float:
+        found = [
+            _laplacian(frame)[pixels].var()
+            for frame, pixels in zip(frames, inside, strict=True)
+            if pixels.any()
+        ]
+        return float(np.mean(found)) if found else 0.0
+
+    reference = variance(truth)
+    if reference == 0:
+        raise ValueError("the region is empty, or the truth is flat within it")
+    return variance(dub) / reference
 
 
 def flicker(frames: Iterable[np.ndarray], region: np.ndarray) -> float:
@@ -119,6 +146,11 @@ def flicker_ratio(dub: Iterable[np.ndarray], truth: Iterable[np.ndarray], region
     if reference == 0:
         raise ValueError("the truth does not move within the region")
     return flicker(dub, region) / reference
+
+
+def _laplacian(frame: np.ndarray) -> np.ndarray:
+    """Of the grey levels of a uint8 RGB picture, float64 `[H, W]`."""
+    return cv2.Laplacian(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), cv2.CV_64F)
 
 
 def _windowed(x: np.ndarray) -> np.ndarray:

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import numpy as np
 
 from keysync_jax import __version__
 from keysync_jax.backend import computing
-from keysync_jax.config import Dtype, ModelConfig, StageKind, to_dict
-from keysync_jax.diffusion.schedule import align_your_steps
+from keysync_jax.config import Dtype, GuidanceConfig, Interval, ModelConfig, StageKind, to_dict
 from keysync_jax.errors import UserError
 from keysync_jax.files import sha256_of
 from keysync_jax.media.composite import paste, seam_energy
@@ -43,7 +42,7 @@ from keysync_jax.pipeline.memory import Batches, Memory, batches, check_memory
 from keysync_jax.pipeline.phases import Phases, Told
 from keysync_jax.pipeline.programs import Compiling, programs
 from keysync_jax.pipeline.report import DubReport, warned
-from keysync_jax.pipeline.sampling import guidance_of
+from keysync_jax.pipeline.sampling import guidance_of, sigmas_of
 from keysync_jax.pipeline.source import Geometry, Source, face_geometry, probe_source
 from keysync_jax.pipeline.windows import FRAMES, merge_windows
 from keysync_jax.pipeline.workspace import ResumableArray, Workspace
@@ -51,6 +50,8 @@ from keysync_jax.typing import Frames
 
 AHEAD = 8
 """Frames that are read, or pasted, before they are asked for."""
+
+Decoder = Literal["full", "small"]
 
 PASTING = 4
 """Threads that paste faces, each a frame."""
@@ -75,6 +76,9 @@ class DubSettings:
         ("stop").
       provenance: whether the file says that its picture is synthetic, and what made it.
       steps: of the align-your-steps schedule, at least 10; the model's own where None.
+      audio_interval, identity_interval: noise levels at which the samples are guided by each; the model's own
+        (the paper's: all of them) where None. Fewer take less time.
+      decoder: "full": the VAE's; "small": the model's small one, in about a tenth of the work.
       seed: of all noise; the same inputs, seed and device give the same result.
       dtype: "bf16" or "fp32", of the networks; bf16 on an accelerator and fp32 on CPU where None.
       quality: constant rate factor of the video, 0 (lossless) to 51.
@@ -94,6 +98,9 @@ class DubSettings:
     longer_voice: Longer = "to-and-fro"
     provenance: bool = True
     steps: int | None = None
+    audio_interval: Interval | None = None
+    identity_interval: Interval | None = None
+    decoder: Decoder = "full"
     seed: int = 0
     dtype: Dtype | None = None
     quality: int = 16
@@ -107,6 +114,8 @@ class DubSettings:
         if self.longer_voice not in get_args(Longer):
             choices = ", ".join(get_args(Longer))
             raise UserError(f"under a longer voice a video plays {choices}, not {self.longer_voice}")
+        if self.decoder not in get_args(Decoder):
+            raise UserError(f"the decoder is full or small, not {self.decoder}")
         if not 0 <= self.quality <= 51:
             raise UserError(f"the quality is 0 (lossless) to 51, not {self.quality}")
         if self.landmark_model is not None and self.landmarks != "mediapipe":
@@ -115,6 +124,29 @@ class DubSettings:
         if self.windows_per_call is not None and self.windows_per_call < 1:
             raise UserError(f"a network call takes at least 1 window, not {self.windows_per_call}")
         check_count(self.devices)
+
+    def guidance(self, config: GuidanceConfig) -> GuidanceConfig:
+        """A model's guidance in the intervals that are asked for.
+
+        Raises:
+          UserError: there are some, and the model is not guided.
+        """
+        audio, identity = self.audio_interval, self.identity_interval
+        if audio is None and identity is None:
+            return config
+        if config.kind == "none":
+            raise UserError("this model is not guided, so its guidance has no interval")
+        return config.within(audio or config.audio_interval, identity or config.identity_interval)
+
+    def component(self, config: ModelConfig) -> str:
+        """Name of the model's component that decodes.
+
+        Raises:
+          UserError: it has no small decoder, and that is asked for.
+        """
+        if self.decoder == "small" and config.decoder_small is None:
+            raise UserError("this model has no small decoder; leave --decoder out (docs/distillation.md)")
+        return "decoder_small" if self.decoder == "small" else "vae"
 
     @property
     def compute_dtype(self) -> Dtype:
@@ -174,7 +206,7 @@ def _dub(
         raise UserError(
             f"the plan of a dub is for {FRAMES} frames a call, the model's is {model.config.keyframe.frames}"
         )
-    dtype = settings.compute_dtype
+    dtype, decoder = settings.compute_dtype, settings.component(model.config)
     sizes = batches(settings.memory, model.config, dtype, settings.windows_per_call)
     sampling = sampling_of(model.config, settings, devices, sizes)
     identities = model.config.keyframe.frames if identity.name == CURRENT else 1
@@ -183,7 +215,7 @@ def _dub(
         Workspace(output, made_from) as work,
         computing(dtype),
         Compiling(
-            programs(model.config, dtype, sampling, sizes.frames, source.plan, identities),
+            programs(model.config, dtype, sampling, sizes.frames, source.plan, identities, decoder),
             dtype,
             _complete(source, work),
         ) as compiling,
@@ -209,9 +241,10 @@ def _plain(settings: DubSettings) -> dict[str, object]:
 
 def sampling_of(config: ModelConfig, settings: DubSettings, devices: Devices, sizes: Batches) -> Sampling:
     """How a dub samples with a model."""
+    sigmas = sigmas_of(config, settings.steps)
     return Sampling(
-        guidance_of(config.guidance),
-        align_your_steps(config.steps if settings.steps is None else settings.steps),
+        guidance_of(settings.guidance(config.guidance), sigmas),
+        sigmas,
         settings.seed,
         sizes.windows,
         config.vae.scale_factor,
@@ -253,6 +286,7 @@ def _fingerprint(
         "longer voice": settings.longer_voice,
         "model": model.fingerprint,
         "sigmas": sampling.sigmas.tolist(),
+        "guidance": to_dict(settings.guidance(model.config.guidance)),
         "seed": settings.seed,
         "dtype": settings.compute_dtype,
     }
@@ -472,9 +506,10 @@ class _Run:
     def _decoded(self, windows: Iterator[np.ndarray], device: Clock) -> Iterator[Frames]:
         """Generated crops of the frames that have a face, call by call; for a thread of its own."""
         with computing(self.settings.compute_dtype):
-            vae = self.model.load("vae", self.settings.compute_dtype)
+            decoder = self.settings.component(self.model.config)
+            network = self.model.load(decoder, self.settings.compute_dtype)
             self.compiling.wait("compose")
-            yield from decode_frames(vae, self._shown_latents(windows), *self._frames_at_once(), device)
+            yield from decode_frames(network, self._shown_latents(windows), *self._frames_at_once(), device)
 
     def _shown_latents(self, windows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Latents of the frames that have a face; none that is not shown is decoded.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.stages import Lowered
 
 from keysync_jax.config import EncoderKind, StageConfig
-from keysync_jax.diffusion.guidance import Guidance
+from keysync_jax.diffusion.guidance import AnyGuidance
 from keysync_jax.errors import UserError
 from keysync_jax.model import Network
 from keysync_jax.pipeline.devices import ONE_DEVICE, Devices
@@ -83,7 +83,7 @@ class Sampling:
       in_turn: a window's branches one after another, in the memory of one.
     """
 
-    guidance: Guidance
+    guidance: AnyGuidance
     sigmas: np.ndarray
     seed: int = 0
     windows_per_call: int = 1
@@ -120,7 +120,7 @@ class Calls(NamedTuple):
     devices: Devices
     size: int
 
-    def given(self, sampling: Sampling) -> tuple[Guidance, Array]:
+    def given(self, sampling: Sampling) -> tuple[AnyGuidance, Array]:
         """What every call takes beside its windows, on the devices."""
         return self.devices.copy((sampling.guidance, np.asarray(sampling.sigmas, np.float32)))
 
@@ -181,15 +181,20 @@ def keyframes(
     """
 
     def inputs(call: int) -> Windows:
-        frames = list(plan.keyframe_calls[call].source)
-        latents, masks = clip.window(frames)
-        noise = sampling.noise(KEYFRAME_STREAM, call, latents.shape)
-        identity = clip.reference(frames) / np.float32(sampling.scale_factor)
-        return Windows(noise, features.vectors[frames], identity, latents, masks)
+        return keyframe_inputs(clip, plan, features, sampling, call)
 
     calls = sum(bool(call.kept) for call in plan.keyframe_calls)
     for call, latents in _sampled(network, inputs, first_call, calls, sampling, device):
         yield latents[plan.keyframe_calls[call].kept]
+
+
+def keyframe_inputs(clip: Clip, plan: Plan, features: Features, sampling: Sampling, call: int) -> Windows:
+    """What a call of the keyframe stage takes, without the axis of a batch."""
+    frames = list(plan.keyframe_calls[call].source)
+    latents, masks = clip.window(frames)
+    noise = sampling.noise(KEYFRAME_STREAM, call, latents.shape)
+    identity = clip.reference(frames) / np.float32(sampling.scale_factor)
+    return Windows(noise, features.vectors[frames], identity, latents, masks)
 
 
 def interpolation(
@@ -214,17 +219,29 @@ def interpolation(
     """
 
     def inputs(window: int) -> Windows:
-        start, end = plan.windows[window]
-        frames = list(range(start, end + 1))
-        latents, masks = clip.window(frames)
-        ends = keyframe_latents[window : window + 2] / np.float32(sampling.scale_factor)
-        noise = sampling.noise(INTERPOLATION_STREAM, window, latents.shape)
-        return Windows(noise, features.vectors[frames], ends, latents, masks)
+        return interpolation_inputs(clip, plan, features, keyframe_latents, sampling, window)
 
     for window, latents in _sampled(network, inputs, first_window, len(plan.windows), sampling, device):
         yield np.concatenate(
             [keyframe_latents[window][None], latents[1:-1], keyframe_latents[window + 1][None]]
         )
+
+
+def interpolation_inputs(
+    clip: Clip,
+    plan: Plan,
+    features: Features,
+    keyframe_latents: np.ndarray,
+    sampling: Sampling,
+    window: int,
+) -> Windows:
+    """What a window of the interpolation stage takes, without the axis of a batch."""
+    start, end = plan.windows[window]
+    frames = list(range(start, end + 1))
+    latents, masks = clip.window(frames)
+    ends = keyframe_latents[window : window + 2] / np.float32(sampling.scale_factor)
+    noise = sampling.noise(INTERPOLATION_STREAM, window, latents.shape)
+    return Windows(noise, features.vectors[frames], ends, latents, masks)
 
 
 def _sampled(

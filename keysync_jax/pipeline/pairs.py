@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from keysync_jax.config import to_dict
 from keysync_jax.errors import UserError, machine_fault
 from keysync_jax.files import fingerprint, make_folder, sha256_of, sha256_once, write_json
 from keysync_jax.media.detectors import DETECTORS, detector_identity
@@ -20,6 +21,7 @@ from keysync_jax.model import Model, components
 from keysync_jax.pipeline.dub import DubSettings, dub
 from keysync_jax.pipeline.identity import CHOICES
 from keysync_jax.pipeline.phases import Phases, Told
+from keysync_jax.pipeline.sampling import sigmas_of
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +227,9 @@ def request_of(pair: Pair, model: Model) -> str:
             else sha256_of(settings.landmarks),
             "occluder": None if settings.occluder is None else sha256_of(settings.occluder),
             "identity": settings.identity if named else sha256_of(settings.identity),
-            "steps": model.config.steps if settings.steps is None else settings.steps,
+            "sigmas": sigmas_of(model.config, settings.steps).tolist(),
+            "guidance": to_dict(settings.guidance(model.config.guidance)),
+            "decoder": settings.decoder,
             "seed": settings.seed,
             "dtype": settings.compute_dtype,
             "quality": settings.quality,

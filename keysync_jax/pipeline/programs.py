@@ -34,6 +34,7 @@ def programs(
     frames_per_call: int,
     plan: Plan,
     identities: int = KeyframeStage.reference_frames,
+    decoder: str = "vae",
 ) -> dict[str, list[Lower]]:
     """What lowers the programs of each phase of a dub, in the order of the phases.
 
@@ -41,6 +42,7 @@ def programs(
       frames_per_call: of the VAE, on each device.
       plan: of the clip, of which the number of windows counts.
       identities: identity frames of a keyframe window: 1, or one for each of its frames.
+      decoder: component that decodes.
     """
     vae = network_shapes(config, "vae", dtype)
     size, devices = config.keyframe.latent_size, sampling.devices
@@ -63,7 +65,9 @@ def programs(
         ],
         "keyframes": [stage("keyframe", calls, identities)],
         "interpolation": [stage("interpolation", len(plan.windows), InterpolationStage.reference_frames)],
-        "compose": [partial(decoder_program, vae, latent, frames_per_call, devices)],
+        "compose": [
+            partial(decoder_program, network_shapes(config, decoder, dtype), latent, frames_per_call, devices)
+        ],
     }
 
 

@@ -28,7 +28,14 @@ def warm(
     config, dtype = model.config, settings.compute_dtype
     sizes = batches(settings.memory, config, dtype, settings.windows_per_call)
     sampling = sampling_of(config, settings, local_devices(settings.devices), sizes)
-    wanted = programs(config, dtype, sampling, sizes.frames, make_plan(padded_length(frames)))
+    wanted = programs(
+        config,
+        dtype,
+        sampling,
+        sizes.frames,
+        make_plan(padded_length(frames)),
+        decoder=settings.component(config),
+    )
     count = sum(map(len, wanted.values()))
     with (
         phases.phase("compiling", count, "programs") as advance,

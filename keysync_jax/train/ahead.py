@@ -11,6 +11,7 @@ from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import VAEStep, make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
+from keysync_jax.train.distill import DistillStep, trajectory_shapes
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes
 from keysync_jax.train.mesh import HEIGHTS, mesh_of
 from keysync_jax.train.sharding import AnyStep, lowered_step
@@ -50,8 +51,12 @@ def step_shapes(config: AnyTrainConfig) -> tuple[AnyStep, Params, Any]:
     """The step of a run, and shapes of its network's parameters and of a global batch."""
     if not isinstance(config, TrainConfig):
         graphdef, params = shapes(make_vae(config))
-        return VAEStep(config, graphdef), params, frame_batch_shapes(config)
+        judge = vae_shapes(config) if config.decoder is not None else None
+        return VAEStep(config, graphdef, judge), params, frame_batch_shapes(config)
     graphdef, params = shapes(make_stage(config))
+    if config.distill is not None:
+        judge = vae_shapes(config) if config.distill.decodes else None
+        return DistillStep(config, graphdef, judge), params, trajectory_shapes(config)
     vae = vae_shapes(config) if config.loss.pixel != "none" else None
     return make_step(config, graphdef, vae, perceptual_shapes(config)), params, batch_shapes(config)
 
@@ -59,9 +64,14 @@ def step_shapes(config: AnyTrainConfig) -> tuple[AnyStep, Params, Any]:
 def summary(config: AnyTrainConfig) -> str:
     """The settings that time and memory depend on, in words."""
     if not isinstance(config, TrainConfig):
-        return f"VAE, {config.batch_size} frames, {config.dtype}, remat {config.remat}"
+        network = "VAE" if config.decoder is None else "small decoder"
+        return f"{network}, {config.batch_size} frames, {config.dtype}, remat {config.remat}"
+    common = f"{config.dtype}, remat {config.remat}"
+    if config.distill is not None:
+        student = f"student of the {config.stage.kind} stage, {config.batch_size} windows"
+        return f"{student}, {common}, {config.optimizer.kind}"
     return (
-        f"{config.stage.kind} stage, {config.batch_size} clips, {config.dtype}, remat {config.remat}, "
+        f"{config.stage.kind} stage, {config.batch_size} clips, {common}, "
         f"pixel loss {config.loss.pixel}, {config.optimizer.kind}"
     )
 

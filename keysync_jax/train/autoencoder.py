@@ -1,4 +1,4 @@
-"""Training of a VAE on single frames: its samples and its step."""
+"""Training of a VAE on single frames, or of a small decoder for one: samples and step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from flax import nnx
 from keysync_jax.data.records import Dataset, decode_frame
 from keysync_jax.errors import UserError
 from keysync_jax.media.masks import mouth_region
-from keysync_jax.model import DTYPES
+from keysync_jax.model import DTYPES, Network, model_folder, open_model
+from keysync_jax.nn.frame_decoder import FrameDecoder
 from keysync_jax.nn.functional import Make, bind
 from keysync_jax.nn.vae import VAE, Posterior
 from keysync_jax.train.config import VAELossConfig, VAETrainConfig
@@ -79,7 +80,9 @@ def _check_fits(dataset: Dataset, crop_size: int) -> None:
 
 def make_vae(config: VAETrainConfig) -> Make:
     """Builds the network that a run trains."""
-    dtype = DTYPES[config.dtype]
+    dtype, small = DTYPES[config.dtype], config.decoder
+    if small is not None:
+        return lambda rngs: FrameDecoder(small, config.vae, dtype=dtype, rngs=rngs)
     return lambda rngs: VAE(config.vae, dtype=dtype, remat=config.remat, rngs=rngs)
 
 
@@ -89,10 +92,8 @@ def objective(config: VAELossConfig, vae: Any, batch: FrameBatch, key: Array) ->
     posterior = vae.encode(frames)
     # The step's latents are raw, the decoder takes scaled ones.
     decoded = vae.decode(posterior.sample(key)[:, None] * vae.config.scale_factor)[:, 0]
-    error, mouth = decoded - frames, batch.mouth.astype(jnp.float32)
-    weight = 1 + (config.mouth - 1) * mouth
-    weight /= weight.mean()
-    l1, l2 = (weight * jnp.abs(error)).mean(), (weight * error**2).mean()
+    mouth = batch.mouth.astype(jnp.float32)
+    l1, l2 = _errors(config, decoded - frames, mouth)
     kl = divergence(posterior).mean()
     metrics = {
         "loss": config.l1 * l1 + config.l2 * l2 + config.kl * kl,
@@ -104,6 +105,56 @@ def objective(config: VAELossConfig, vae: Any, batch: FrameBatch, key: Array) ->
         "psnr_mouth": psnr(decoded, frames, mouth),
     }
     return metrics["loss"], metrics
+
+
+def _errors(config: VAELossConfig, error: Array, mouth: Array) -> tuple[Array, Array]:
+    """Mean absolute and mean squared error, the mouth's weighted."""
+    weight = 1 + (config.mouth - 1) * mouth
+    weight /= weight.mean()
+    return (weight * jnp.abs(error)).mean(), (weight * error**2).mean()
+
+
+def decoder_objective(
+    config: VAELossConfig, decoder: Any, vae: Any, batch: FrameBatch, key: Array
+) -> tuple[Array, Metrics]:
+    """The loss of a small decoder against the pictures that the VAE's own makes, and its parts.
+
+    Args:
+      decoder: a bound `nn.frame_decoder.FrameDecoder`.
+      vae: a bound `nn.vae.VAE`, which encodes the frames.
+    """
+    frames = batch.frame.astype(jnp.float32) / 127.5 - 1
+    latents = vae.encode(frames).sample(key)[:, None] * vae.config.scale_factor
+    wanted = jax.lax.stop_gradient(jnp.clip(vae.decode(latents)[:, 0], -1, 1))
+    decoded, mouth = decoder.decode(latents)[:, 0], batch.mouth.astype(jnp.float32)
+    l1, l2 = _errors(config, decoded - wanted, mouth)
+    whole = jnp.ones_like(mouth)
+    metrics = {
+        "loss": config.l1 * l1 + config.l2 * l2,
+        "loss_l1": l1,
+        "loss_l2": l2,
+        "psnr": psnr(decoded, wanted, whole),
+        "psnr_mouth": psnr(decoded, wanted, mouth),
+        "psnr_truth": psnr(decoded, frames, whole),
+    }
+    return metrics["loss"], metrics
+
+
+def load_teacher(config: VAETrainConfig) -> tuple[Network, str]:
+    """The VAE that a small decoder is for, in host memory, and the SHA-256 of its file.
+
+    Raises:
+      UserError: it is not given, cannot be read, or has other sizes.
+    """
+    if not config.teacher:
+        raise UserError("teacher is empty: a small decoder is for a VAE; give --config.teacher=MODEL_DIR")
+    model = open_model(model_folder(config.teacher), only=["vae"])
+    if model.config.vae != config.vae:
+        raise UserError(f"{config.teacher}: its VAE has other sizes than the config says (vae.*)")
+    graphdef, params = model.load("vae", config.dtype)
+    return Network(graphdef, {path: np.asarray(x) for path, x in params.items()}), model.hashes[
+        "vae.safetensors"
+    ]
 
 
 def divergence(posterior: Posterior) -> Array:
@@ -125,23 +176,35 @@ class VAEStep:
 
     Attributes:
       graphdef: of `make_vae(config)`.
+      vae: the frozen VAE that a small decoder is for; None where the VAE itself is trained.
     """
 
     config: VAETrainConfig
     graphdef: nnx.GraphDef
+    vae: Network | None = None
 
     @property
     def aids(self) -> dict[str, Params]:
-        """Networks that only judge: there are none."""
-        return {}
+        """Parameters of the network that only shows what is wanted."""
+        return {} if self.vae is None else {"vae": self.vae.params}
 
     def apply(
         self, state: TrainState, aids: dict[str, Params], batch: FrameBatch
     ) -> tuple[TrainState, Metrics]:
-        """One update by the gradient of `objective`."""
+        """One update by the gradient of the loss."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def loss(params: Params) -> tuple[Array, Metrics]:
-            return objective(self.config.loss, bind(self.graphdef, {**state.frozen, **params}), batch, key)
+            return self.loss({**state.frozen, **params}, aids, batch, key)
 
         return update(self.config.optimizer, state, loss)
+
+    def loss(
+        self, params: Params, aids: dict[str, Params], batch: FrameBatch, key: Array
+    ) -> tuple[Array, Metrics]:
+        """`objective` or `decoder_objective` as a function of all parameters."""
+        network = bind(self.graphdef, params)
+        if self.vae is None:
+            return objective(self.config.loss, network, batch, key)
+        vae = bind(self.vae.graphdef, aids["vae"])
+        return decoder_objective(self.config.loss, network, vae, batch, key)

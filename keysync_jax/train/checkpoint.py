@@ -35,9 +35,18 @@ from keysync_jax.train.step import TrainState
 FORMAT = "keysync-run-1"
 
 MAY_CHANGE = (
-    "steps", "log", "watch", "profile", "checkpoint", "mesh", "guidance", "data.workers",
-    "init.kind", "init.path",
-)  # fmt: skip
+    "steps",
+    "log",
+    "watch",
+    "profile",
+    "checkpoint",
+    "mesh",
+    "guidance",
+    "data.workers",
+    "init.kind",
+    "init.path",
+    "distill.windows_per_call",
+)
 """Settings that an interrupted run may go on with in another value; none changes what a step computes."""
 
 _PARTIAL_SUFFIX = ".orbax-checkpoint-tmp"
@@ -406,10 +415,12 @@ def _check_equal(
     if type(started) is not type(config):
         raise UserError(f"{workdir}: holds a run of another kind; give another --workdir")
     before, now = _flat(to_dict(started)), _flat(to_dict(config))
-    for key, value in now.items():
-        if before[key] != value and not any(f"{key}.".startswith(f"{free}.") for free in may_change):
+    # A section that only one of them has is None in the other.
+    for key in {**now, **before}:
+        value = now.get(key)
+        if before.get(key) != value and not any(f"{key}.".startswith(f"{free}.") for free in may_change):
             raise UserError(
-                f"{workdir}: this run was started with {key} = {before[key]!r}, not {value!r}; "
+                f"{workdir}: this run was started with {key} = {before.get(key)!r}, not {value!r}; "
                 "go on with that, or give another --workdir"
             )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from keysync_jax.config import (
+    DecoderConfig,
     Dtype,
     EncoderKind,
     GuidanceConfig,
@@ -14,6 +15,8 @@ from keysync_jax.config import (
     Remat,
     StageConfig,
     VAEConfig,
+    check_levels,
+    check_sigmas,
     from_dict,
 )
 from keysync_jax.errors import UserError
@@ -269,10 +272,65 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """What a student learns of its teacher, the model directory `init.path`.
+
+    The student has the teacher's network and weights to begin with. At a noise level of its grid it is shown
+    where the guided teacher's sampler passes, and learns where that ends.
+
+    Attributes:
+      grid: noise levels that the student is sampled at, the highest first.
+      levels: noise levels at which the teacher's states are kept, the grid's among them; each is one of the
+        teacher's table. Students of several grids can share trajectories.
+      clips: stretches of up to 157 frames that the teacher dubs. Each is one keyframe sample, or up to 12
+        interpolation samples.
+      trajectories: folder of what the teacher did; made where it is not complete. Empty: in the run's folder.
+      student: run folder of the keyframe stage's distillation. Every second stretch has its keyframes, which
+        the interpolation stage will see in a dub; empty: all have the teacher's.
+      windows_per_call: network calls' windows, of the teacher on each device.
+      huber: error of a scaled latent up to which the loss is quadratic, beyond it is linear.
+      decoded: weight of the absolute error of one decoded frame's mouth against the teacher's.
+      truth: of the same against the true frame, where the datasets have pixels.
+      shuffle_voices: the control: in the loss each sample hears another one's voice.
+    """
+
+    grid: tuple[float, ...] = (700.0, 4.248)
+    levels: tuple[float, ...] = (700.0, 15.886, 4.248, 1.789)
+    clips: int = 10_000
+    trajectories: str = ""
+    student: str = ""
+    windows_per_call: int = 1
+    huber: float = 0.1
+    decoded: float = 0.0
+    truth: float = 0.0
+    shuffle_voices: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("grid", "levels"):
+            levels = getattr(self, name)
+            if not levels:
+                raise UserError(f"distill.{name} is empty; it has one noise level a step")
+            check_sigmas(levels, f"distill.{name}")
+        for sigma in set(self.grid) - set(self.levels):
+            raise UserError(f"distill.grid: {sigma:g} is none of distill.levels, whose states are kept")
+        _at_least(1, {"distill.clips": self.clips, "distill.windows_per_call": self.windows_per_call})
+        _above_zero({"distill.huber": self.huber})
+        for name in ("decoded", "truth"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"distill.{name} must be 0 or more, not {getattr(self, name):g}")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the loss goes through the VAE's decoder."""
+        return self.decoded > 0 or self.truth > 0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run.
 
     Attributes:
+      distill: learn from a teacher instead of from noised data; None: do not.
       guidance: of previews, and of the model that the run is exported to.
       batch_size: clips of a step, over all devices and hosts.
       dtype: of the computation; master weights are fp32.
@@ -291,6 +349,7 @@ class TrainConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    distill: DistillConfig | None = None
     batch_size: int = 32
     steps: int = 60_000
     seed: int = 0
@@ -304,6 +363,31 @@ class TrainConfig:
             raise UserError(
                 "loss.drop_reference_by=frame is for the keyframe stage, whose frames share a reference"
             )
+        if self.distill is not None:
+            self._check_distillation(self.distill)
+
+    def _check_distillation(self, distill: DistillConfig) -> None:
+        """Refuses settings that a distillation would not look at."""
+        as_a_dub = "its samples are made as a dub makes them"
+        data, pixels = self.data, "its terms on pixels are distill.decoded and distill.truth"
+        given = {
+            "loss.pixel": (self.loss.pixel, "none", pixels),
+            "guidance.kind": (self.guidance.kind, "none", "a student is sampled without guidance"),
+            "data.sample_posterior": (data.sample_posterior, False, as_a_dub),
+            "data.flip": (data.flip, 0, as_a_dub),
+            "data.pitch": (data.pitch, 0, as_a_dub),
+            "data.audio_noise": (data.audio_noise, 0, as_a_dub),
+            "data.reference_noise": (data.reference_noise, 0, as_a_dub),
+            "data.weights": (data.weights, (), "clips of all datasets count alike"),
+            "log.preview_every": (self.log.preview_every, 0, "keysync synth-eval judges its student"),
+        }
+        for name, (value, wanted, why) in given.items():
+            if value != wanted:
+                raise UserError(f"a distillation has {name}={wanted!r}, not {value!r}: {why}")
+        if distill.student and self.stage.kind == "keyframe":
+            raise UserError("distill.student is for the interpolation stage, which sees its keyframes")
+        if distill.shuffle_voices and self.batch_size < 2:
+            raise UserError("distill.shuffle_voices needs a batch_size of 2 or more")
 
     @property
     def audio_encoder(self) -> EncoderKind:
@@ -360,9 +444,12 @@ class VAELossConfig:
 
 @dataclass(frozen=True)
 class VAETrainConfig:
-    """One run that trains a VAE on single frames, from random weights.
+    """One run that trains a VAE on single frames, or a small decoder for one, from random weights.
 
     Attributes:
+      vae: sizes of the VAE: the one that is trained, or whose decoder the small one learns from.
+      decoder: sizes of the small decoder; None: the VAE itself is trained.
+      teacher: model directory with the VAE that the small decoder is for.
       batch_size: frames of a step, over all devices and hosts.
       crop_size: side of the frames in pixels.
     """
@@ -377,6 +464,8 @@ class VAETrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    decoder: DecoderConfig | None = None
+    teacher: str = ""
     batch_size: int = 16
     steps: int = 10_000
     seed: int = 0
@@ -390,6 +479,8 @@ class VAETrainConfig:
             raise UserError(
                 f"crop_size {self.crop_size} is not a multiple of the VAE's factor {self.vae.factor}"
             )
+        if self.decoder is not None:
+            check_levels(self.decoder, self.vae)
         if self.log.preview_every:
             raise UserError("log.preview_every is for the stages; a VAE's run logs its PSNR instead")
 

@@ -6,16 +6,31 @@ from typing import Any, NamedTuple
 
 import jax
 
+from keysync_jax.ahead.chips import device_peak
 from keysync_jax.errors import UserError
 from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
-from keysync_jax.train.flops import batch_shapes, frame_batch_shapes, step_flops, vae_step_flops
+from keysync_jax.train.distill import trajectory_shapes
+from keysync_jax.train.flops import (
+    batch_shapes,
+    distill_step_flops,
+    frame_batch_shapes,
+    step_flops,
+    teacher_flops,
+    vae_step_flops,
+)
 from keysync_jax.train.mesh import mesh_of
 from keysync_jax.train.sharding import batch_shardings, bytes_per_device, shardings
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
 from keysync_jax.typing import Params
+
+SHARE_OF_PEAK = 0.4
+"""Of a device's operations a second, that a run is supposed to reach where hours are told."""
+
+DEVICES = ("H100", "TPU v5p")
+"""Devices that hours are told for."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class Plan:
       mesh: axis -> size.
       trainable, frozen: numbers of parameters.
       flops: of one step over all devices.
+      teacher_flops: of all that a distillation's teacher does before, at most; 0 without one.
     """
 
     config: AnyTrainConfig
@@ -48,6 +64,13 @@ class Plan:
     frozen: int
     parts: tuple[Part, ...]
     flops: int
+    teacher_flops: int = 0
+
+    def hours(self, peak: float) -> float:
+        """Of the whole run at `SHARE_OF_PEAK` of devices that do `peak` operations a second each."""
+        devices = math.prod(self.mesh.values())
+        flops = self.flops * self.config.steps + self.teacher_flops
+        return flops / (SHARE_OF_PEAK * peak * devices) / 3600
 
     @property
     def bytes_device(self) -> int:
@@ -71,6 +94,8 @@ class Plan:
         for part in (*self.parts, whole):
             lines.append(f"{part.name:<18}{_size(part.bytes_whole):>16}{_size(part.bytes_device):>16}")
         steps, tera = self.config.steps, self.flops / 1e12
+        peaks = {name: device_peak(name) for name in DEVICES}
+        hours = ", ".join(f"{self.hours(peak):,.1f} on {name}s" for name, peak in peaks.items() if peak)
         return "\n".join(
             [
                 *lines,
@@ -78,6 +103,9 @@ class Plan:
                 "",
                 f"operations        {tera:,.2f} TFLOP a step, {tera / devices:,.2f} a device; "
                 f"{self.flops * steps:.3g} FLOP in {steps:,} steps",
+                *([f"teacher           {self.teacher_flops:.3g} FLOP at most"] if self.teacher_flops else []),
+                f"hours             {hours}, at {SHARE_OF_PEAK:.0%} of bf16 peak; what remat computes again "
+                "comes to this",
             ]
         )
 
@@ -90,12 +118,14 @@ class _Work(NamedTuple):
       aids: networks that only judge, by their names in the table.
       batch: the global one.
       flops: of one step over all devices.
+      teacher_flops: of a distillation's teacher.
     """
 
     params: Params
     aids: dict[str, Params]
     batch: Any
     flops: int
+    teacher_flops: int = 0
 
 
 def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
@@ -131,11 +161,18 @@ def dry_run(config: AnyTrainConfig, devices: int = 1) -> Plan:
         frozen=_count(state.frozen),
         parts=tuple(parts),
         flops=work.flops,
+        teacher_flops=work.teacher_flops,
     )
 
 
 def _stage_work(config: TrainConfig) -> _Work:
     graphdef, params = shapes(make_stage(config))
+    if config.distill is not None:
+        judge = vae_shapes(config) if config.distill.decodes else None
+        flops = distill_step_flops(config, graphdef, params, judge)
+        judges = {} if judge is None else {"VAE": judge.params}
+        before = teacher_flops(config, graphdef, params)
+        return _Work(params, judges, trajectory_shapes(config), flops, before)
     vae = vae_shapes(config) if config.loss.pixel != "none" else None
     perceptual = perceptual_shapes(config)
     networks = {"VAE": vae, "LPIPS": perceptual}
@@ -146,7 +183,9 @@ def _stage_work(config: TrainConfig) -> _Work:
 
 def _vae_work(config: VAETrainConfig) -> _Work:
     graphdef, params = shapes(make_vae(config))
-    return _Work(params, {}, frame_batch_shapes(config), vae_step_flops(config, graphdef, params))
+    vae = vae_shapes(config) if config.decoder is not None else None
+    flops = vae_step_flops(config, graphdef, params, vae)
+    return _Work(params, {} if vae is None else {"VAE": vae.params}, frame_batch_shapes(config), flops)
 
 
 def _names(config: AnyTrainConfig) -> tuple[str, str]:
@@ -155,7 +194,8 @@ def _names(config: AnyTrainConfig) -> tuple[str, str]:
         return f"stage             {config.stage.kind}", "clips"
     side = config.crop_size // config.vae.factor
     latents = f"{side} x {side} x {config.vae.latent_channels}"
-    return f"VAE               {config.crop_size} pixels to {latents}", "frames"
+    network = "VAE          " if config.decoder is None else "small decoder"
+    return f"{network}     {config.crop_size} pixels to {latents}", "frames"
 
 
 def _count(tree: Any) -> int:

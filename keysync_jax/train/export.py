@@ -12,7 +12,7 @@ from keysync_jax.files import check_new_folder, is_remote
 from keysync_jax.model import DTYPES, Model, components, open_model, save_model
 from keysync_jax.tensorfile import TensorFile
 from keysync_jax.train.checkpoint import Checkpoints, read_config
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.fits import check_fits
 from keysync_jax.train.inputs import read_inputs
 from keysync_jax.train.places import run_folder
@@ -44,14 +44,20 @@ def export(
     """
     output = Path(output)
     check_new_folder(output)
-    configs = _run_configs([run_folder(run) for run in runs])
+    configs, decoder = _run_configs([run_folder(run) for run in runs])
     rest = open_model(base)
     model = _model_config(rest, configs)
     provenance, trained = dict(rest.config.provenance), dict[str, Tensors]()
     for kind, (folder, config) in configs.items():
         _check_fits_base(folder, config, rest)
         step, trained[kind] = _weights(folder, config, average)
-        provenance[kind] = f"{_name(folder)} step {step}{' moving average' if average else ''}"
+        provenance[kind] = _made(folder, step, average) + _teacher(folder, config)
+    if decoder is not None:
+        folder, small = decoder
+        _check_decoder_fits_base(folder, small, rest)
+        step, trained["decoder_small"] = _weights(folder, small, average)
+        provenance["decoder_small"] = _made(folder, step, average)
+        model = dataclasses.replace(model, decoder_small=small.decoder)
     names = components(model)
     model = dataclasses.replace(model, provenance={n: s for n, s in provenance.items() if n in names})
     untrained = {n: TensorFile(rest.folder / f"{n}.safetensors") for n in names if n not in trained}
@@ -70,17 +76,30 @@ def _rounded(tensors: Tensors, dtype: str) -> Tensors:
     return {path: x.astype(DTYPES[dtype]) if x.ndim > 1 else x for path, x in tensors.items()}
 
 
-def _run_configs(runs: Sequence[Path]) -> dict[StageKind, tuple[Path, TrainConfig]]:
+def _made(folder: Path, step: int, average: bool) -> str:
+    return f"{_name(folder)} step {step}{' moving average' if average else ''}"
+
+
+def _run_configs(
+    runs: Sequence[Path],
+) -> tuple[dict[StageKind, tuple[Path, TrainConfig]], tuple[Path, VAETrainConfig] | None]:
+    """The runs of stages, and that of a small decoder where there is one."""
     configs: dict[StageKind, tuple[Path, TrainConfig]] = {}
+    decoder: tuple[Path, VAETrainConfig] | None = None
     for folder in runs:
         config = read_config(folder)
         if not isinstance(config, TrainConfig):
-            raise UserError(f"{folder}: is the run of a VAE; keysync init makes a model of it")
+            if config.decoder is None:
+                raise UserError(f"{folder}: is the run of a VAE; keysync init makes a model of it")
+            if decoder is not None:
+                raise UserError(f"{folder}: a second run of a small decoder; a model has one")
+            decoder = folder, config
+            continue
         kind = config.stage.kind
         if kind in configs:
             raise UserError(f"{folder}: a second run of the {kind} stage; give one run of each stage")
         configs[kind] = folder, config
-    return configs
+    return configs, decoder
 
 
 def _model_config(rest: Model, configs: Mapping[StageKind, tuple[Path, TrainConfig]]) -> ModelConfig:
@@ -93,9 +112,17 @@ def _model_config(rest: Model, configs: Mapping[StageKind, tuple[Path, TrainConf
         masks.add(rest.config.mask)
     if len(masks) != 1:
         raise UserError(f"the two stages were trained with different masks ({', '.join(sorted(masks))})")
-    guidances = {config.guidance for _, config in configs.values()}
+    guidances = {config.guidance for _, config in configs.values()} or {rest.config.guidance}
     if len(guidances) != 1:
         raise UserError("the two runs have different settings of guidance; a model has one")
+    grids = {() if config.distill is None else config.distill.grid for _, config in configs.values()}
+    if len(configs) < len(stages):
+        grids.add(rest.config.sigmas)
+    if len(grids) != 1:
+        raise UserError(
+            "the two stages are not for the same noise levels; a model has one table: export the runs "
+            "of both stages' students together, or with a base that has the other one"
+        )
     used = {s.audio_encoder for s in stages.values()}
     for kind in used - rest.config.encoders.keys():
         raise UserError(f"{rest.folder}: has no {kind} encoder, whose features a stage was trained on")
@@ -106,7 +133,16 @@ def _model_config(rest: Model, configs: Mapping[StageKind, tuple[Path, TrainConf
         encoders={kind: e for kind, e in rest.config.encoders.items() if kind in used},
         mask=masks.pop(),
         guidance=guidances.pop(),
+        sigmas=grids.pop(),
     )
+
+
+def _teacher(folder: Path, config: TrainConfig) -> str:
+    """What is said of a student's teacher: the fingerprint of its model directory."""
+    inputs = read_inputs(folder)
+    if config.distill is None or inputs is None:
+        return ""
+    return f", student of {inputs.networks['teacher']}"
 
 
 def _check_fits_base(folder: Path, config: TrainConfig, rest: Model) -> None:
@@ -132,7 +168,17 @@ def _check_data_fits_base(config: TrainConfig, rest: Model) -> None:
             check_fits(Dataset(path), config, rest.hashes)
 
 
-def _weights(folder: Path, config: TrainConfig, average: bool) -> tuple[int, Tensors]:
+def _check_decoder_fits_base(folder: Path, config: VAETrainConfig, rest: Model) -> None:
+    inputs = read_inputs(folder)
+    known = None if inputs is None else inputs.networks.get("VAE")
+    if known != rest.hashes["vae.safetensors"]:
+        raise UserError(
+            f"{folder}: this small decoder was distilled from another VAE than that of {rest.folder}; its "
+            "pictures would be wrong"
+        )
+
+
+def _weights(folder: Path, config: AnyTrainConfig, average: bool) -> tuple[int, Tensors]:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: the run has no checkpoint yet")
     with Checkpoints(folder / "checkpoints", config.checkpoint, read_only=True) as checkpoints:

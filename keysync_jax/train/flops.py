@@ -7,6 +7,7 @@ weights cost no gradient of their own, and what is recomputed in the backward pa
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,14 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from keysync_jax.config import GuidanceConfig
+from keysync_jax.diffusion.guidance import calls
+from keysync_jax.diffusion.schedule import align_your_steps
 from keysync_jax.model import Network
-from keysync_jax.nn.functional import bind
-from keysync_jax.train.autoencoder import FrameBatch
-from keysync_jax.train.autoencoder import objective as vae_objective
+from keysync_jax.pipeline.sampling import guidance_of
+from keysync_jax.train.autoencoder import FrameBatch, VAEStep
 from keysync_jax.train.batch import Batch
 from keysync_jax.train.config import TrainConfig, VAETrainConfig
+from keysync_jax.train.distill import DistillStep, TrajectoryBatch, trajectory_shapes
 from keysync_jax.train.optimizer import partition
 from keysync_jax.train.step import draw_clips, draw_noise, make_step
+from keysync_jax.train.trajectories import MOST_WINDOWS
 from keysync_jax.typing import Params
 
 
@@ -81,15 +86,57 @@ def step_flops(
     return training_flops(jaxpr, needed)[0]
 
 
-def vae_step_flops(config: VAETrainConfig, graphdef: nnx.GraphDef, params: Params) -> int:
-    """Operations of one step of a VAE's run over all devices; nothing is allocated or compiled."""
+def distill_step_flops(
+    config: TrainConfig, graphdef: nnx.GraphDef, params: Params, vae: Network | None = None
+) -> int:
+    """Operations of one step of a distillation over all devices; nothing is allocated or compiled.
+
+    Args:
+      vae: as `DistillStep` has it; shapes will do.
+    """
+    step = DistillStep(config, graphdef, vae)
     trainable, frozen = partition(config.optimizer, params)
 
-    def loss(trainable: Params, frozen: Params, batch: FrameBatch) -> Any:
-        vae = bind(graphdef, {**frozen, **trainable})
-        return vae_objective(config.loss, vae, batch, jax.random.key(0))[0]
+    def loss(trainable: Params, frozen: Params, aids: dict[str, Params], batch: TrajectoryBatch) -> Any:
+        return step.loss({**frozen, **trainable}, aids, batch)[0]
 
-    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, frame_batch_shapes(config)).jaxpr
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, trajectory_shapes(config)).jaxpr
+    return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
+
+
+def teacher_flops(config: TrainConfig, graphdef: nnx.GraphDef, params: Params) -> int:
+    """Operations that make a distillation's trajectories, at most: with the paper's table and guidance.
+
+    Every stretch of a clip is taken to be as long as it can be, and its keyframes to be the teacher's.
+
+    Args:
+      graphdef: of `make_stage(config)`.
+    """
+    assert config.distill is not None
+    own = replace(config, distill=replace(config.distill, decoded=0.0, truth=0.0), batch_size=1)
+    own = replace(own, optimizer=replace(own.optimizer, frozen=()))
+    sigmas = align_your_steps()
+    branches = calls(guidance_of(GuidanceConfig(), sigmas), len(sigmas) - 1)
+    windows = 1 if config.stage.kind == "keyframe" else 1 + MOST_WINDOWS
+    # A step is the network forwards, and backwards twice as much, all of its weights being trained.
+    return distill_step_flops(own, graphdef, params) // 3 * branches * windows * config.distill.clips
+
+
+def vae_step_flops(
+    config: VAETrainConfig, graphdef: nnx.GraphDef, params: Params, vae: Network | None = None
+) -> int:
+    """Operations of one step of a VAE's run over all devices; nothing is allocated or compiled.
+
+    Args:
+      vae: as `VAEStep` has it; shapes will do.
+    """
+    step = VAEStep(config, graphdef, vae)
+    trainable, frozen = partition(config.optimizer, params)
+
+    def loss(trainable: Params, frozen: Params, aids: dict[str, Params], batch: FrameBatch) -> Any:
+        return step.loss({**frozen, **trainable}, aids, batch, jax.random.key(0))[0]
+
+    jaxpr = jax.make_jaxpr(loss)(trainable, frozen, step.aids, frame_batch_shapes(config)).jaxpr
     return training_flops(jaxpr, [i < len(trainable) for i in range(len(jaxpr.invars))])[0]
 
 

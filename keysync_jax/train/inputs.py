@@ -25,7 +25,15 @@ log = logging.getLogger(__name__)
 FILE = "inputs.json"
 FORMAT = "keysync-inputs-1"
 
-PLACES = ("data.paths", "init.vae", "init.lpips_trunk", "init.lpips_heads")
+PLACES = (
+    "data.paths",
+    "init.vae",
+    "init.lpips_trunk",
+    "init.lpips_heads",
+    "distill.trajectories",
+    "distill.student",
+    "teacher",
+)
 """Settings that say where an input lies; they may change once the input itself is known."""
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
@@ -21,17 +21,18 @@ from keysync_jax.ahead.chips import device_peak
 from keysync_jax.backend import computing
 from keysync_jax.data.records import Dataset
 from keysync_jax.errors import UserError
-from keysync_jax.model import model_folder, open_model
+from keysync_jax.model import Network, model_folder, open_model
 from keysync_jax.nn.functional import Make, shapes
 from keysync_jax.train.attempt import Attempt
-from keysync_jax.train.autoencoder import FrameSamples, VAEStep, make_vae
+from keysync_jax.train.autoencoder import FrameSamples, VAEStep, load_teacher, make_vae
 from keysync_jax.train.checkpoint import Checkpoints, settle_config
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.data import Samples, load
+from keysync_jax.train.distill import DistillStep, TrajectorySamples
 from keysync_jax.train.fits import check_alike, check_fits
-from keysync_jax.train.flops import step_flops, vae_step_flops
+from keysync_jax.train.flops import distill_step_flops, step_flops, vae_step_flops
 from keysync_jax.train.hosts import decided
-from keysync_jax.train.inputs import Inputs, inputs_of
+from keysync_jax.train.inputs import DatasetInput, Inputs, digest, inputs_of
 from keysync_jax.train.logs import Logs
 from keysync_jax.train.mesh import mesh_of, rows_of
 from keysync_jax.train.places import Mirror, logs_folder, run_folder
@@ -47,6 +48,7 @@ from keysync_jax.train.sharding import (
 )
 from keysync_jax.train.start import Weights, first_weights, load_perceptual, load_vae, random_weights
 from keysync_jax.train.step import Metrics, TrainState, init_state, make_stage, make_step
+from keysync_jax.train.trajectories import trajectories
 from keysync_jax.typing import Params
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ class Start:
 def train(
     config: AnyTrainConfig, workdir: str | Path, show: bool = True, start: Start | None = None
 ) -> Outcome:
-    """Trains one stage, or a VAE, from the beginning or from the last checkpoint in `workdir`.
+    """Trains one stage, a student or a VAE, from the beginning or from the last checkpoint in `workdir`.
 
     A batch and all noise are functions of (seed, step), and the state is restored bit for bit, so an
     interrupted run goes through the same losses as one that was not. SIGTERM and SIGINT let the step under
@@ -104,7 +106,7 @@ def train(
     start = start or Start(time.time(), time.time(), ())
     first_process = jax.process_index() == 0
     mesh = mesh_of(config)
-    job: _Job = _StageJob(config) if isinstance(config, TrainConfig) else _VAEJob(config)
+    job = _job(config, workdir, show)
     decided(lambda: settle_config(workdir, config, job.inputs))
     mirror = Mirror(workdir, first_process)
     with ExitStack() as stack:
@@ -161,6 +163,12 @@ class _Job(Protocol):
         ...
 
 
+def _job(config: AnyTrainConfig, workdir: Path, show: bool) -> _Job:
+    if not isinstance(config, TrainConfig):
+        return _VAEJob(config)
+    return _StageJob(config) if config.distill is None else _DistillJob(config, workdir, show)
+
+
 class _StageJob:
     """A run that trains a stage."""
 
@@ -186,8 +194,34 @@ class _StageJob:
         return first_weights(self.config)
 
 
+class _DistillJob:
+    """A run that trains a student of a stage, on what its teacher does; that is made first."""
+
+    def __init__(self, config: TrainConfig, workdir: Path, show: bool):
+        assert config.distill is not None
+        self.config, self.make = config, make_stage(config)
+        self.preview: Preview | None = None
+        folder = Path(config.distill.trajectories or workdir / "trajectories")
+        made = trajectories(config, open_datasets(config) if config.data.paths else (), folder, show)
+        log.info("%d samples of the teacher", len(made))
+        self.samples: Callable[[int], Any] = TrajectorySamples(config, made)
+        self.vae = load_vae(config) if config.distill.decodes else None
+        known = made.settings
+        networks = {"teacher": known.teacher, "trajectories": made.sha256}
+        if self.vae is not None:
+            networks["VAE"] = digest(self.vae.params)
+        self.inputs = Inputs(tuple(DatasetInput(s, known.prepared_with) for s in known.data), networks)
+
+    def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
+        flops = distill_step_flops(self.config, graphdef, wanted, self.vae)
+        return DistillStep(self.config, graphdef, self.vae), flops
+
+    def first_weights(self) -> Weights:
+        return first_weights(self.config)
+
+
 class _VAEJob:
-    """A run that trains a VAE."""
+    """A run that trains a VAE, or a small decoder for one."""
 
     def __init__(self, config: VAETrainConfig):
         self.config, self.make = config, make_vae(config)
@@ -195,9 +229,14 @@ class _VAEJob:
         datasets = [Dataset(path) for path in config.data.paths]
         self.samples: Callable[[int], Any] = FrameSamples(config, datasets)
         self.inputs = inputs_of(datasets, None, {})
+        self.vae: Network | None = None
+        if config.decoder is not None:
+            self.vae, sha256 = load_teacher(config)
+            self.inputs = replace(self.inputs, networks={"VAE": sha256})
 
     def step(self, graphdef: nnx.GraphDef, wanted: Params) -> tuple[AnyStep, int]:
-        return VAEStep(self.config, graphdef), vae_step_flops(self.config, graphdef, wanted)
+        flops = vae_step_flops(self.config, graphdef, wanted, self.vae)
+        return VAEStep(self.config, graphdef, self.vae), flops
 
     def first_weights(self) -> Weights:
         return random_weights(shapes(self.make)[1], self.config.seed)

@@ -66,6 +66,8 @@ def new_model(
     config = read_config(run)
     if not isinstance(config, VAETrainConfig):
         raise UserError(f"{run}: is the run of a stage, not of a VAE")
+    if config.decoder is not None:
+        raise UserError(f"{run}: is the run of a small decoder; keysync export makes it a model's")
     with Checkpoints(run / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         step, weights = checkpoints.restore_weights(average)
     vae = dataclasses.replace(config.vae, scale_factor=1.0)

@@ -66,9 +66,9 @@ class Preview:
     def latents(self, mesh: Mesh, graphdef: nnx.GraphDef, state: TrainState) -> np.ndarray:
         """Samples the clip, scaled latents `[T, h, w, 4]`; every process of the run must call it."""
         trained = state.params if state.ema is None else state.ema
-        sigmas = jnp.asarray(align_your_steps(), jnp.float32)
-        guidance = guidance_of(self.config.guidance)
-        sampled = sample_windows(graphdef, {**trained, **state.frozen}, self._windows, guidance, sigmas)
+        sigmas = align_your_steps()
+        given = guidance_of(self.config.guidance, sigmas), jnp.asarray(sigmas, jnp.float32)
+        sampled = sample_windows(graphdef, {**trained, **state.frozen}, self._windows, *given)
         return np.asarray(_on_all(sampled, NamedSharding(mesh, PartitionSpec())))[0]
 
     def picture(self, latents: np.ndarray) -> Frames:

@@ -23,7 +23,7 @@ from keysync_jax.nn.lpips import LPIPSConfig
 from keysync_jax.nn.stages import stage
 from keysync_jax.nn.vae import VAE
 from keysync_jax.tensorfile import TensorFile
-from keysync_jax.train.config import TrainConfig
+from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.train.hosts import decided
 
 Weights = dict[str, np.ndarray]
@@ -82,7 +82,7 @@ def load_perceptual(config: TrainConfig) -> Network | None:
     return Network(network.graphdef, {path: np.asarray(x) for path, x in network.params.items()})
 
 
-def vae_shapes(config: TrainConfig) -> Network:
+def vae_shapes(config: AnyTrainConfig) -> Network:
     """The same VAE from shapes alone."""
     graphdef, wanted = shapes(
         lambda rngs: VAE(config.vae, dtype=DTYPES[config.dtype], remat=config.remat, rngs=rngs)
@@ -102,7 +102,7 @@ def perceptual_shapes(config: TrainConfig) -> Network | None:
     return lpips_shapes(lpips_config(open_tensors(trunk)) if trunk else LPIPSConfig(), config.dtype)
 
 
-def _held(config: TrainConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _held(config: AnyTrainConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """As `Model.load` holds a parameter: matrices in the compute dtype, everything else in fp32."""
     return jax.ShapeDtypeStruct(leaf.shape, DTYPES[config.dtype] if len(leaf.shape) > 1 else jnp.float32)
 

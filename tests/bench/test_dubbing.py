@@ -13,10 +13,12 @@ from keysync_jax.bench.measure import Timing
 from keysync_jax.bench.sizes import Size, size_of
 from keysync_jax.cli import main
 from keysync_jax.config import StageConfig, VAEConfig
+from keysync_jax.diffusion.schedule import STUDENTS
+from keysync_jax.errors import UserError
 from keysync_jax.media.landmarks import load_landmarks
 from keysync_jax.media.video import read_frames
 from keysync_jax.model import open_model
-from keysync_jax.pipeline.dub import DubSettings
+from keysync_jax.pipeline.dub import DubSettings, dub
 from keysync_jax.pipeline.phases import PARTS
 from tests.train.smallest_config import UNET
 
@@ -63,6 +65,21 @@ def test_a_random_model_dubs_in_every_phase(tmp_path: Path, monkeypatch: pytest.
         assert row.timing.median <= whole.timing.median
         assert all(0 <= busy <= row.timing.highest for busy in row.busy.values())
     assert [path.name for path in (tmp_path / "dubs").iterdir()] == ["compiled"]
+
+
+def test_a_student_with_its_small_decoder_dubs_like_any_model(tmp_path: Path) -> None:
+    folder = random_model(tmp_path / "model", SMALLEST, "bf16", student=2)
+    model = open_model(folder)
+    assert model.config.sigmas == STUDENTS[2]
+    with synthetic(96, 96, 1.0) as work:
+        settings = DubSettings(landmarks=work.landmarks, dtype="fp32", devices=1, decoder="small")
+        inputs = (work.video, work.voice, tmp_path / "out.mp4", model)
+        with pytest.raises(UserError, match="distilled for 2 steps"):
+            dub(*inputs, replace(settings, steps=10))
+        with pytest.raises(UserError, match="not guided"):
+            dub(*inputs, replace(settings, audio_interval=(1.5, 8)))
+        assert dub(*inputs, settings).frames == 25
+    assert (tmp_path / "out.mp4").is_file()
 
 
 def test_the_table_tells_busy_and_waiting_time() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.diffusion import guidance, loss, precond, schedule
-from keysync_jax.diffusion.sampler import sample
+from keysync_jax.diffusion.sampler import Denoise, sample, sample_in_parts, steps
 from keysync_jax.errors import UserError
 from keysync_jax.tensorfile import TensorFile
 
@@ -109,6 +109,49 @@ def test_euler_converges_to_the_exact_solution_with_first_order() -> None:
         errors.append(float(jnp.abs(out - noise).max()))
     assert errors[1] < 2e-2
     assert 1.7 < errors[0] / errors[1] < 2.3
+
+
+@pytest.mark.parametrize(
+    ("scales", "branches"),
+    [((5.0, 2.0), 3), ((5.0, 1.0), 2), ((1.0, 2.0), 3), ((2.0, 2.0), 2), ((1.0, 1.0), 1), ((0.0, 2.0), 3)],
+)
+def test_branches_of_weight_zero_are_left_out_and_the_sum_is_equation_9(
+    scales: tuple[float, float], branches: int
+) -> None:
+    numbers = np.random.default_rng(0).standard_normal((3, 2, 5))
+    z = dict(zip(guidance.Separated.branches, numbers, strict=True))
+    whole = guidance.Separated(*scales)
+    less = guidance.without_zeros(whole)
+    assert len(less.branches) == branches
+    wanted = guidance.combine(whole, jnp.concatenate([z[b] for b in whole.branches]))
+    found = guidance.combine(less, jnp.concatenate([z[b] for b in less.branches]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_a_table_is_sampled_in_parts_as_in_one_loop() -> None:
+    sigmas, noise = schedule.align_your_steps(), jnp.array([[0.7], [-1.3]])
+
+    def scaled(by: float) -> Denoise:
+        return lambda x, sigma: by * x / (1 + sigma[:, None] ** 2)
+
+    @jax.jit
+    def in_one(noise: jax.Array) -> jax.Array:
+        def denoise(x: jax.Array, sigma: jax.Array) -> jax.Array:
+            within = (sigma >= 1.5) & (sigma <= 8)
+            return jnp.where(within, 0.9, 1.0)[:, None] * scaled(1)(x, sigma)
+
+        return sample(denoise, noise, sigmas)
+
+    @jax.jit
+    def in_three(noise: jax.Array) -> jax.Array:
+        parts = [(scaled(1), slice(0, 3)), (scaled(0.9), slice(3, 6)), (scaled(1), slice(6, 11))]
+        return sample_in_parts(parts, noise, sigmas)
+
+    np.testing.assert_allclose(in_three(noise), in_one(noise), rtol=1e-6)
+    arrived, clean = steps([(scaled(1), slice(0, 4)), (scaled(1), slice(4, 11))], noise, sigmas)
+    assert arrived.shape == clean.shape == (11, 2, 1)
+    np.testing.assert_allclose(arrived[-1], sample(scaled(1), noise, sigmas), rtol=1e-6)
+    np.testing.assert_allclose(arrived[-1], clean[-1], rtol=1e-4)
 
 
 def test_loss_weights_and_noise() -> None:

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from keysync_jax.cli import main
+from keysync_jax.errors import UserError
 from keysync_jax.evaluation import demo as demo_module
 from keysync_jax.evaluation import pairs as pairs_module
 from keysync_jax.evaluation import synth_eval as synth_eval_module
 from keysync_jax.evaluation.demo import demo
 from keysync_jax.evaluation.pairs import Pair
-from keysync_jax.evaluation.synth_eval import EvalSettings, Scores, evaluate, measure
+from keysync_jax.evaluation.synth_eval import GUIDED, EvalSettings, Scores, evaluate, measure
 from keysync_jax.metrics.mouth import MouthReader
-from keysync_jax.model import Model, open_model
+from keysync_jax.model import DEFAULT, Model, open_model
 from keysync_jax.pipeline.dub import DubSettings
 from tests.clips import write_video
 
@@ -159,3 +160,29 @@ def test_every_dub_is_told_how_many_devices_to_take(
     model = open_model(tiny_model)
     evaluate(model, tmp_path / "eval", EvalSettings(clips=2, seconds=1.0, devices=1), {"other": model})
     assert told == [1] * 4
+
+
+def test_the_sweep_measures_the_guidance_in_intervals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is the same model with its own scales, in the row's intervals, with the decoder asked for."""
+    measured: list[Any] = []
+
+    def scored(model: Model, pairs: Any, output: Path, *_: object, decoder: str, **__: object) -> Scores:
+        measured.append((model.config.guidance, output.name, decoder))
+        return Scores(len(pairs), {"sync": 1.0})
+
+    monkeypatch.setattr(synth_eval_module, "measure", scored)
+    monkeypatch.setattr(synth_eval_module, "_pair", lambda *_: None)
+    model = open_model(DEFAULT, only=())
+    settings = EvalSettings(clips=2, ablation_clips=2, intervals=True, decoder="small")
+    scores = evaluate(model, tmp_path, settings)
+    own = model.config.guidance
+    assert list(scores) == ["model", *GUIDED]
+    assert [row[0] for row in measured] == [own, *(own.within(*each) for each in GUIDED.values())]
+    assert len({row[1] for row in measured}) == 1 + len(GUIDED)
+    assert {row[2] for row in measured} == {"small"}
+    with pytest.raises(UserError, match="of another model or other clips"):
+        evaluate(model, tmp_path, replace(settings, decoder="full"))
+    with pytest.raises(UserError, match="is taken by a row"):
+        evaluate(model, tmp_path, settings, {"guidance at 1.5-8": model})

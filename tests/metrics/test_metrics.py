@@ -1,5 +1,6 @@
 """The measures against numbers worked out by hand, and their extremes."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -10,7 +11,14 @@ from keysync_jax.metrics.leakage import (
     lip_sync_difference,
     source_correlation,
 )
-from keysync_jax.metrics.quality import flicker, flicker_ratio, laplacian_variance, psnr, ssim_map
+from keysync_jax.metrics.quality import (
+    flicker,
+    flicker_ratio,
+    laplacian_variance,
+    psnr,
+    sharpness_ratio,
+    ssim_map,
+)
 from keysync_jax.metrics.sync import (
     best_lag,
     correlation,
@@ -181,6 +189,21 @@ def test_flicker_refuses_nothing_to_compare() -> None:
         flicker(frames, np.zeros((2, 2)))
     with pytest.raises(ValueError, match="zip"):
         flicker(frames, np.ones((3, 2, 2)))
+
+
+def test_sharpness_ratio_is_one_for_the_truth_and_less_for_a_soft_mouth() -> None:
+    truth = np.random.default_rng(0).integers(0, 256, (4, 24, 24, 3), np.uint8)
+    mouth = np.zeros((24, 24), bool)
+    mouth[8:16, 8:16] = True
+    soft = truth.copy()
+    soft[:, 4:20, 4:20] = np.stack([cv2.GaussianBlur(frame, (5, 5), 1.0) for frame in truth])[:, 4:20, 4:20]
+    assert sharpness_ratio(truth, truth, mouth) == 1
+    assert sharpness_ratio(soft, truth, mouth) < 0.3
+    assert (
+        sharpness_ratio(soft, truth, ~cv2.dilate(mouth.astype(np.uint8), np.ones((15, 15))).astype(bool)) == 1
+    )
+    with pytest.raises(ValueError, match="empty"):
+        sharpness_ratio(soft, truth, np.zeros((24, 24), bool))
 
 
 def test_flicker_ratio_is_one_for_the_truth_and_more_for_noise() -> None:

@@ -116,7 +116,7 @@ def test_warm_compiles_for_the_settings_that_programs_depend_on(
 ) -> None:
     made: list[Any] = []
 
-    def programs(config: Any, dtype: str, sampling: Any, frames_per_call: int, plan: Any) -> Any:
+    def programs(config: Any, dtype: str, sampling: Any, frames_per_call: int, plan: Any, **_: Any) -> Any:
         made.append((dtype, len(sampling.sigmas), sampling.in_turn, frames_per_call, len(plan.windows)))
         made.append({"all": [Program(), Program()]})
         return made[-1]
