@@ -37,7 +37,7 @@ def mesh_of(config: AnyTrainConfig, devices: Sequence[jax.Device] | None = None)
         rows, where = config.stage.latent_size / 2 ** (levels - 1), "the last level's"
     else:
         rows, where = config.crop_size / config.vae.factor, "the latents'"
-    if rows % config.mesh.height:
+    if config.mesh.height > 1 and rows % config.mesh.height:
         raise UserError(f"mesh.height={config.mesh.height}: does not divide {where} {rows:g} rows")
     return mesh
 
@@ -80,8 +80,7 @@ def rows_of(mesh: Mesh, batch_size: int, process: int | None = None) -> list[int
       process: this one by default.
     """
     process = jax.process_index() if process is None else process
-    placed = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((batch_size,))
-    places: dict[Any, tuple[slice, ...]] = {**placed}
+    places: Any = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((batch_size,))
     of_process = (index[0] for device, index in places.items() if device.process_index == process)
     return sorted({row for part in of_process for row in range(batch_size)[part]})
 
