@@ -11,7 +11,7 @@ from keysync_jax.nn.functional import shapes
 from keysync_jax.train.autoencoder import make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig, VAETrainConfig
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes, step_flops, vae_step_flops
-from keysync_jax.train.mesh import mesh_of
+from keysync_jax.train.mesh import in_words, mesh_of
 from keysync_jax.train.sharding import batch_shardings, bytes_per_device, shardings
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
@@ -57,12 +57,11 @@ class Plan:
     def table(self) -> str:
         """The plan in lines of text."""
         devices = math.prod(self.mesh.values())
-        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
         total = self.trainable + self.frozen
         network, samples = _names(self.config)
         lines = [
             f"{network}, {self.config.dtype}, remat {self.config.remat}",
-            f"mesh              {axes} = {devices} devices, {self.config.batch_size} {samples} a step",
+            f"mesh              {in_words(self.mesh)} = {devices} devices, {self.config.batch_size} {samples} a step",
             f"parameters        {total:,}: trainable {self.trainable:,}, frozen {self.frozen:,}",
             "",
             f"{'memory':<18}{'one copy':>16}{'on a device':>16}",

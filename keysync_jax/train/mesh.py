@@ -5,7 +5,7 @@ Between slices, groups of chips that only the data centre's network joins, lies 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,11 @@ def rows_of(mesh: Mesh, batch_size: int, process: int | None = None) -> list[int
     places: Any = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((batch_size,))
     of_process = (index[0] for device, index in places.items() if device.process_index == process)
     return sorted({row for part in of_process for row in range(batch_size)[part]})
+
+
+def in_words(sizes: Mapping[str, int]) -> str:
+    """`data 4 x fsdp 8`; `height` where rows are split."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != HEIGHT or size > 1)
 
 
 def _sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
