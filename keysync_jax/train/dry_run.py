@@ -56,12 +56,12 @@ class Plan:
 
     def table(self) -> str:
         """The plan in lines of text."""
-        devices = math.prod(self.mesh.values())
+        devices, axes = math.prod(self.mesh.values()), in_words(self.mesh)
         total = self.trainable + self.frozen
         network, samples = _names(self.config)
         lines = [
             f"{network}, {self.config.dtype}, remat {self.config.remat}",
-            f"mesh              {in_words(self.mesh)} = {devices} devices, {self.config.batch_size} {samples} a step",
+            f"mesh              {axes} = {devices} devices, {self.config.batch_size} {samples} a step",
             f"parameters        {total:,}: trainable {self.trainable:,}, frozen {self.frozen:,}",
             "",
             f"{'memory':<18}{'one copy':>16}{'on a device':>16}",
