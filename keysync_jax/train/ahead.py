@@ -13,7 +13,7 @@ from keysync_jax.train.autoencoder import VAEStep, make_vae
 from keysync_jax.train.config import AnyTrainConfig, TrainConfig
 from keysync_jax.train.distill import DistillStep, trajectory_shapes
 from keysync_jax.train.flops import batch_shapes, frame_batch_shapes
-from keysync_jax.train.mesh import HEIGHTS, mesh_of
+from keysync_jax.train.mesh import HEIGHTS, in_words, mesh_of
 from keysync_jax.train.sharding import AnyStep, lowered_step
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage, make_step
@@ -43,8 +43,9 @@ def step_ahead(config: AnyTrainConfig, devices: Sequence[Any], name: str = "step
             f"the step does not fit {_counted(len(devices), devices[0].device_kind)}: {error}; it may fit "
             f"with {', or '.join(savings(config, len(devices)))}"
         ) from error
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return count(name, f"{summary(config)}, {axes}", program, seconds, list(mesh.devices.flat))
+    return count(
+        name, f"{summary(config)}, {in_words(mesh.shape)}", program, seconds, list(mesh.devices.flat)
+    )
 
 
 def step_shapes(config: AnyTrainConfig) -> tuple[AnyStep, Params, Any]:

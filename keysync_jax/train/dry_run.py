@@ -20,7 +20,7 @@ from keysync_jax.train.flops import (
     teacher_flops,
     vae_step_flops,
 )
-from keysync_jax.train.mesh import mesh_of
+from keysync_jax.train.mesh import in_words, mesh_of
 from keysync_jax.train.sharding import batch_shardings, bytes_per_device, shardings
 from keysync_jax.train.start import perceptual_shapes, vae_shapes
 from keysync_jax.train.step import init_state, make_stage
@@ -79,8 +79,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan in lines of text."""
-        devices = math.prod(self.mesh.values())
-        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
+        devices, axes = math.prod(self.mesh.values()), in_words(self.mesh)
         total = self.trainable + self.frozen
         network, samples = _names(self.config)
         lines = [

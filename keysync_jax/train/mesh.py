@@ -5,7 +5,7 @@ Between slices, groups of chips that only the data centre's network joins, lies 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def mesh_of(config: AnyTrainConfig, devices: Sequence[jax.Device] | None = None)
         rows, where = config.stage.latent_size / 2 ** (levels - 1), "the last level's"
     else:
         rows, where = config.crop_size / config.vae.factor, "the latents'"
-    if rows % config.mesh.height:
+    if config.mesh.height > 1 and rows % config.mesh.height:
         raise UserError(f"mesh.height={config.mesh.height}: does not divide {where} {rows:g} rows")
     return mesh
 
@@ -80,10 +80,14 @@ def rows_of(mesh: Mesh, batch_size: int, process: int | None = None) -> list[int
       process: this one by default.
     """
     process = jax.process_index() if process is None else process
-    placed = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((batch_size,))
-    places: dict[Any, tuple[slice, ...]] = {**placed}
+    places: Any = NamedSharding(mesh, PartitionSpec(BATCH)).devices_indices_map((batch_size,))
     of_process = (index[0] for device, index in places.items() if device.process_index == process)
     return sorted({row for part in of_process for row in range(batch_size)[part]})
+
+
+def in_words(sizes: Mapping[str, int]) -> str:
+    """`data 4 x fsdp 8`; `height` where rows are split."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != HEIGHT or size > 1)
 
 
 def _sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:

@@ -108,6 +108,8 @@ def test_height_divides_the_rows_of_the_last_level() -> None:
     deep = dataclasses.replace(config.stage, unet=levels)
     devices: list[Any] = [Chip(i, 0, (0, 0, 0), platform="cpu") for i in range(4)]
     assert mesh_of(config, devices).shape["height"] == 4
+    odd = dataclasses.replace(config, stage=dataclasses.replace(deep, latent_size=6), mesh=MeshConfig())
+    assert mesh_of(odd, devices[:1]).shape["height"] == 1
     with pytest.raises(UserError, match=r"mesh\.height=4: does not divide the last level's 2 rows"):
         mesh_of(dataclasses.replace(config, stage=deep), devices)
 
