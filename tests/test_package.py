@@ -110,7 +110,7 @@ def constrained(python: str) -> dict[str, str]:
     return found
 
 
-NOT_TESTED_WITH = ("face-alignment", "onnxruntime", "pyiqa", "setuptools", "torch-fidelity")
+NOT_TESTED_WITH = ("face-alignment", "gcsfs", "onnxruntime", "pyiqa", "setuptools", "torch-fidelity")
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
