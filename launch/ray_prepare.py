@@ -35,7 +35,7 @@ class OnRay:
       address: as `ray_cluster.connected` takes it.
 
     Raises:
-      UserError: the maker is none of videos.
+      UserError: the maker is none of videos, or its settings name processes or devices of one machine.
     """
 
     def __init__(self, maker: Any, address: str = "") -> None:
@@ -43,6 +43,8 @@ class OnRay:
 
         if not isinstance(maker, Videos):
             raise UserError("precomputed latents are only packed, for which --ray is not needed")
+        if maker.settings.workers or maker.settings.devices is not None:
+            raise UserError("--ray takes all that the cluster has; leave --workers and --devices out")
         self.stored: Settings = maker.stored
         self._address, self._maker = address, copy.copy(maker)
         if (file := maker.settings.landmark_model) is not None:

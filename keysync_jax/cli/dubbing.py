@@ -229,6 +229,8 @@ def _dub_many(arguments: argparse.Namespace, settings: "DubSettings") -> int:
     model = open_model(model_folder(arguments.model, arguments.allow_download))
     made = None
     if arguments.ray is not None:
+        if arguments.devices is not None:
+            raise UserError("--ray takes all devices of the cluster; leave --devices out")
         from keysync_jax.launch.ray_dub import on_ray
 
         made = on_ray(model.folder, arguments.ray)

@@ -24,11 +24,15 @@ from typing import Any
 import psutil
 
 from keysync_jax.backend import keep_compiled
+from keysync_jax.data.faces import Faces
 from keysync_jax.data.join import join
+from keysync_jax.data.parts import Part
 from keysync_jax.data.prepare import PrepareSettings, prepare
 from keysync_jax.data.records import Dataset
+from keysync_jax.data.sources import Clip
+from keysync_jax.launch import ray_prepare
 from keysync_jax.launch.ray_dub import on_ray
-from keysync_jax.launch.ray_prepare import OnRay
+from keysync_jax.launch.ray_prepare import Encoder, OnRay
 from keysync_jax.media.assets import cache_folder
 from keysync_jax.media.video import read_frames
 from keysync_jax.model import DEFAULT, open_model
@@ -86,12 +90,33 @@ def busy(actor: str) -> list[psutil.Process]:
     return found
 
 
+def dying(mark: Path) -> type:
+    """The actor of `prepare`, which is killed in the middle of a clip once; the file says that it was."""
+
+    class Dying(Encoder):
+        def part(self, clip: Clip, faces: Faces, crops: Any, path: Path) -> Part:
+            def until_killed() -> Iterator[Any]:
+                for number, crop in enumerate(crops):
+                    if number == 3 and not mark.exists():
+                        mark.touch()
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    yield crop
+
+            return super().part(clip, faces, until_killed(), path)
+
+    return Dying
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def try_prepare(folder: Path, clips: int, seconds: float, kills: int, crop: int | None) -> dict[str, Any]:
-    """Once without Ray, once on it with kills, once in parts."""
+    """Once without Ray, once on it with kills, once in parts.
+
+    Args:
+      kills: at random; 0: once, in the middle of the first clip.
+    """
     source, ray, one = folder / "clips", folder / "ray", folder / "one"
     synth(source, SynthSettings(clips=clips, seconds=seconds, seed=11))
     settings = PrepareSettings(crop=crop)
@@ -104,6 +129,9 @@ def try_prepare(folder: Path, clips: int, seconds: float, kills: int, crop: int 
         times[name] = round(time.monotonic() - begun, 1)
 
     timed("one", lambda: prepare(source, one, model, settings))
+    mark = (folder / "killed").absolute()
+    if not kills:
+        ray_prepare.Encoder = dying(mark)  # type: ignore[misc]
     at = [(1 + kill) * clips // (kills + 2) for kill in range(kills)]
     with killing("Encoder", at, lambda: len(list((ray / ".work/parts").glob("*.json"))), seed=3) as killed:
         timed("ray", lambda: prepare(source, ray, model, settings, elsewhere=OnRay))
@@ -114,7 +142,7 @@ def try_prepare(folder: Path, clips: int, seconds: float, kills: int, crop: int 
     join(parts, folder / "joined")
     content = {name: Dataset(folder / name).content_sha256() for name in ("one", "ray", "joined")}
     return {
-        "killed": killed,
+        "killed": killed + ["once"] * mark.exists(),
         "seconds": times,
         "ray: all files equal": contents(ray) == contents(one),
         "content": content,
