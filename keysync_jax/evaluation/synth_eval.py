@@ -215,7 +215,9 @@ def _spread(series: Sequence["_Series"], rows: Sequence[Mapping[str, float]]) ->
         return {}
     each = [{**_of_mouths([one]), **row} for one, row in zip(series, rows, strict=True)]
     found = {name: [clip[name] for clip in each if name in clip] for name in MEASURES if name != "shuffled"}
-    return {name: float(np.std(values, ddof=1)) for name, values in found.items() if len(values) > 1}
+    # The PSNR of equal pictures is infinite.
+    known = {name: x for name, x in found.items() if len(x) > 1 and np.isfinite(x).all()}
+    return {name: float(np.std(x, ddof=1)) for name, x in known.items()}
 
 
 def _of_mouths(series: Sequence[_Series]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from keysync_jax.cli import main
+from keysync_jax.config import GuidanceConfig
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation import demo as demo_module
 from keysync_jax.evaluation import pairs as pairs_module
@@ -63,7 +64,9 @@ def test_memory_does_not_grow_with_the_number_of_pairs(
 
     monkeypatch.setattr(pairs_module, "_truth", counted)
     monkeypatch.setattr(Pair, "dubbed", copied)
-    model: Any = SimpleNamespace(config=SimpleNamespace(crop_size=64))
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(crop_size=64, sigmas=(1.0,), guidance=GuidanceConfig())
+    )
     scores = measure(model, pairs, tmp_path / "dubs", MouthReader.load(), lambda _: None)
     assert not any(kept(pair) for pair in pairs)
     # What the voice would look like, and the source itself.
