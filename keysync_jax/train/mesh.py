@@ -118,6 +118,10 @@ def _laid_out(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray
         raise UserError(
             f"mesh.data={data}: is no multiple of the {slices} slices, between which only the batch is split"
         )
+    inside = (data // slices, *within)
+    if slices == 1:
+        # Devices of one slice need not say which it is.
+        return mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *within), (slices, 1, 1), devices, allow_split_physical_axes=True
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=True
     )

@@ -1,6 +1,7 @@
 """Which device lies where on a mesh, and which rows a process reads; for machines that are not here."""
 
 import dataclasses
+import functools
 import random
 from importlib.util import find_spec
 from typing import Any
@@ -17,15 +18,21 @@ from tests.train.smallest_config import smallest
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a mesh asks a TPU for."""
+    """What a mesh asks a TPU of a single slice for, which does not say that it has one."""
 
     id: int
     process_index: int
     coords: tuple[int, int, int]
-    slice_index: int | None = None
     core_on_chip: int = 0
     platform: str = "tpu"
     device_kind: str = "TPU v5 lite"
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceChip(Chip):
+    """One of several slices."""
+
+    slice_index: int = 0
 
 
 def chips(rows: int, columns: int, slices: int = 1) -> list[Any]:
@@ -35,8 +42,8 @@ def chips(rows: int, columns: int, slices: int = 1) -> list[Any]:
         for place in range(rows * columns):
             x, y = place // columns, place % columns
             host = (number * rows + 2 * (x // 2)) * columns // 4 + y // 2
-            index = number if slices > 1 else None
-            found.append(Chip(number * rows * columns + place, host, (x, y, 0), index))
+            chip: Any = functools.partial(SliceChip, slice_index=number) if slices > 1 else Chip
+            found.append(chip(number * rows * columns + place, host, (x, y, 0)))
     random.Random(0).shuffle(found)
     return found
 
@@ -82,7 +89,9 @@ def test_every_process_reads_the_rows_of_its_devices(config: MeshConfig, clips: 
 
 def test_rows_of_the_order_of_processes() -> None:
     """Devices of hosts without a topology lie in process order, whatever order they are given in."""
-    devices: list[Any] = [Chip(i, i // 8, (0, 0, 0), i // 8, platform="gpu") for i in range(64)]
+    devices: list[Any] = [
+        SliceChip(i, i // 8, (0, 0, 0), platform="gpu", slice_index=i // 8) for i in range(64)
+    ]
     random.Random(1).shuffle(devices)
     assert rows_of(make_mesh(MeshConfig(fsdp=16, height=2), 32, devices), 32, 3) == [12, 13, 14, 15]
     mesh = make_mesh(MeshConfig(2, 8, height=4), 16, devices)
