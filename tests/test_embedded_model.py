@@ -135,7 +135,7 @@ def test_a_demo_takes_no_dub_of_another_model(
 
     monkeypatch.setattr(Pair, "dubbed", copied)
     unguided = guided(model, GuidanceConfig("none"))
-    shorter = replace(model, config=replace(model.config, steps=2))
+    shorter = replace(model, config=replace(model.config, steps=12))
     folders = []
     for dubbing in (model, model, unguided, shorter):
         demo(dubbing, tmp_path, seconds=0.72)

@@ -36,7 +36,7 @@ from keysync_jax.train.distill import TrajectoryBatch, TrajectorySamples, huber,
 from keysync_jax.train.export import export
 from keysync_jax.train.loop import train
 from keysync_jax.train.trajectories import Trajectories, trajectories
-from tests.train.smallest_config import UNET, smallest
+from tests.train.smallest_config import UNET, pretend_checkpoint, smallest
 from tests.train.synthetic_dataset import write_dataset
 from tests.train.tiny_training import parameters
 
@@ -292,7 +292,7 @@ def test_a_run_does_not_go_on_with_a_teacher_that_it_had_not(
     plain = dataclasses.replace(config, distill=None)
     for name, first, then in (("plain", plain, config), ("student", config, plain)):
         settle_config(tmp_path / name, first)
-        (tmp_path / name / "checkpoints/1").mkdir(parents=True)
+        pretend_checkpoint(tmp_path / name / "checkpoints/1")
         with pytest.raises(UserError, match="was started with distill"):
             settle_config(tmp_path / name, then)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from keysync_jax.model import Network
 from keysync_jax.train.checkpoint import read_config, settle_config
 from keysync_jax.train.config import DataConfig, InitConfig, TrainConfig
 from keysync_jax.train.inputs import DatasetInput, Inputs, digest, inputs_of, read_inputs
-from tests.train.smallest_config import smallest
+from tests.train.smallest_config import pretend_checkpoint, smallest
 from tests.train.synthetic_dataset import write_dataset
 from tests.train.tiny_training import vae
 
@@ -42,7 +43,7 @@ def settle(run: Path, config: TrainConfig, network: Network | None = None) -> No
     """As the loop begins or goes on with a run; it has a checkpoint afterwards."""
     datasets = [Dataset(path) for path in config.data.paths]
     settle_config(run, config, inputs_of(datasets, config.audio_encoder, {"VAE": network}))
-    (run / "checkpoints/5").mkdir(parents=True, exist_ok=True)
+    pretend_checkpoint(run / "checkpoints/5")
 
 
 def contents(run: Path) -> list[bytes]:
@@ -82,7 +83,7 @@ def test_other_data_in_the_same_place(data: Path, tmp_path: Path) -> None:
         settle(tmp_path / "run", config_of(place))
     assert contents(tmp_path / "run") == before
     # Nothing was trained yet: the run begins anew with what is there.
-    (tmp_path / "run/checkpoints/5").rmdir()
+    shutil.rmtree(tmp_path / "run/checkpoints/5")
     settle(tmp_path / "run", config_of(place))
     assert contents(tmp_path / "run") != before
 

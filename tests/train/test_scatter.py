@@ -10,7 +10,8 @@ import jax, numpy as np
 import ml_dtypes
 from keysync_jax.train.config import MeshConfig, OptimizerConfig, TrainConfig
 from keysync_jax.train.scatter import state_from_slices
-from keysync_jax.train.sharding import make_mesh, state_from
+from keysync_jax.train.mesh import make_mesh
+from keysync_jax.train.sharding import state_from
 from tests.train.tiny_training import train_config
 
 read = {}
