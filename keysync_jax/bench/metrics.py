@@ -6,7 +6,7 @@ costs does not depend on what it finds.
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,8 +89,12 @@ class _Cost:
     peak: int
 
 
-def measure_metrics(names: Sequence[str], clips: Sequence[ListedClip], weights: Path | None) -> list[Judging]:
+def measure_metrics(
+    names: Sequence[str], clips: Sequence[ListedClip], weights: Path | None
+) -> Iterator[Judging]:
     """Measures what computes some metrics, over the same clips; a row for each, that of no metric last.
+
+    A row comes as soon as it is measured.
 
     Args:
       names: of metrics; the time of a measure is the same whichever of its metrics are named.
@@ -109,7 +113,8 @@ def measure_metrics(names: Sequence[str], clips: Sequence[ListedClip], weights: 
     asked = list(dict.fromkeys(METRICS[name].measure for name in names))
     with temporary_folder("keysync-bench-metrics") as folder:
         random = _fill(folder, weights, {name for measure in asked for name in MEASURES[measure].weights})
-        return [_measured(name, clips, folder, random, weights) for name in [*asked, ""]]
+        for name in [*asked, ""]:
+            yield _measured(name, clips, folder, random, weights)
 
 
 def synthetic_clips(count: int, seconds: float, folder: Path) -> list[ListedClip]:
@@ -238,27 +243,29 @@ def _mask(frame: np.ndarray, box: np.ndarray) -> np.ndarray:
     return mask
 
 
-def metrics_table(rows: Sequence[Judging], before: dict[str, float] | None = None) -> str:
-    """Lines of text.
+def head_line(before: dict[str, float] | None = None) -> str:
+    """What is above the rows.
 
     Args:
       before: median seconds of an earlier report by the row's name.
     """
-    lines = [
-        f"{'':<20}{'s/s':>9}{'spread':>17}{'CPU s/s':>9}{'first s':>9}{'MiB':>18}"
-        + ("" if before is None else f"{'before s':>10}{'ratio':>7}")
-    ]
-    for row in rows:
-        if row.timing is None:
-            lines.append(f"{row.name:<20}{row.fault}")
-            continue
-        t, peaks = row.timing, ", ".join(f"{peak / 2**20:.0f}" for peak in row.host_bytes)
-        line = f"{row.name:<20}{t.median:>9.3f}{f'{t.lowest:.3f}-{t.highest:.3f}':>17}"
-        line += f"{row.cpu:>9.3f}{row.first_seconds:>9.1f}{peaks:>18}"
-        lines.append(line + ("" if before is None else against(before.get(row.name), t.median)))
-    lines.append(
-        f"{rows[0].note}; seconds per second of video; MiB after the first, the tenth, the last clip"
-    )
-    also = [f"{row.name}: also {', '.join(row.metrics[1:])}" for row in rows if row.metrics[1:]]
+    line = f"{'':<20}{'s/s':>9}{'spread':>17}{'CPU s/s':>9}{'first s':>9}{'MiB':>18}"
+    return line + ("" if before is None else f"{'before s':>10}{'ratio':>7}")
+
+
+def row_line(row: Judging, before: dict[str, float] | None = None) -> str:
+    """A row of the table."""
+    if row.timing is None:
+        return f"{row.name:<20}{row.fault}"
+    t, peaks = row.timing, ", ".join(f"{peak / 2**20:.0f}" for peak in row.host_bytes)
+    line = f"{row.name:<20}{t.median:>9.3f}{f'{t.lowest:.3f}-{t.highest:.3f}':>17}"
+    line += f"{row.cpu:>9.3f}{row.first_seconds:>9.1f}{peaks:>18}"
+    return line + ("" if before is None else against(before.get(row.name), t.median))
+
+
+def foot_lines(rows: Sequence[Judging]) -> str:
+    """What is below the rows: the clips, what else a measure gives, and where random weights stood."""
+    lines = [f"{rows[0].note}; s per s of video; MiB after the first, the tenth, the last clip"]
+    lines += [f"{row.name}: also {', '.join(row.metrics[1:])}" for row in rows if row.metrics[1:]]
     stand_ins = ", ".join(row.name for row in rows if row.random)
-    return "\n".join([*lines, *also, *([f"random weights: {stand_ins}"] if stand_ins else [])])
+    return "\n".join([*lines, *([f"random weights: {stand_ins}"] if stand_ins else [])])

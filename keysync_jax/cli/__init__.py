@@ -6,6 +6,7 @@ Nothing heavy is imported before a subcommand runs, so `keysync --help` is quick
 import argparse
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,10 +76,9 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         how = str(error) if isinstance(error, Stopped) else "interrupted"
         return _fail(how + goes_on, error.code if isinstance(error, Stopped) else 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # What is buffered goes nowhere.
-        return 141
     except (OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         fault = machine_fault(error)
         if fault is not None and fault.errno in FULL_DISK:
             return _fail(f"the disk is full ({fault.filename or 'while writing'}){goes_on}")
@@ -93,6 +93,17 @@ def _run(arguments: argparse.Namespace) -> int:
         if "RESOURCE_EXHAUSTED" in str(error):
             return _fail(f"the device has too little memory; {arguments.less_memory}")
         raise
+
+
+def _nobody_reads() -> bool:
+    """Whether it is what is printed that nobody takes any more, and no other pipe; it then goes nowhere."""
+    with suppress(OSError):  # A stream that is no file.
+        place, look = sys.stdout.fileno(), select.poll()
+        look.register(place, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in look.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+            return True
+    return False
 
 
 def _fail(sentence: str, code: int = 2) -> int:

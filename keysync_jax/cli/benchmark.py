@@ -211,17 +211,23 @@ def _measure(arguments: argparse.Namespace, parts: Sequence[str]) -> int:
             print(dub_table(found, report.comparable(earlier, found)))
             rows += found
     if "metrics" in parts:
-        from keysync_jax.bench.metrics import metrics_table
+        from keysync_jax.bench.metrics import foot_lines, head_line, row_line
 
-        judged = _judged(arguments)
-        print(metrics_table(judged, report.comparable(earlier, judged)))
+        judged: list[Any] = []
+        print(head_line(report.comparable(earlier, judged)))
+        for row in _judged(arguments):
+            judged.append(row)
+            print(row_line(row, report.comparable(earlier, [row])), flush=True)
+            if arguments.json is not None:  # What is measured stays, whatever happens to the rest.
+                report.save(arguments.json, conditions, [*rows, *judged])
+        print(foot_lines(judged))
         rows += judged
     if arguments.json is not None:
         report.save(arguments.json, conditions, rows)
     return 0
 
 
-def _judged(arguments: argparse.Namespace) -> list[Any]:
+def _judged(arguments: argparse.Namespace) -> Iterator[Any]:
     from keysync_jax.bench.metrics import measure_metrics, synthetic_clips
     from keysync_jax.evaluation.cliplist import read_clips
     from keysync_jax.files import temporary_folder
@@ -230,10 +236,11 @@ def _judged(arguments: argparse.Namespace) -> list[Any]:
     names = list(METRICS) if arguments.metrics is None else arguments.metrics.split(",")
     if arguments.pairs is not None:
         clips = read_clips(arguments.pairs)[: arguments.clips]
-        return measure_metrics(names, clips, arguments.weights)
+        yield from measure_metrics(names, clips, arguments.weights)
+        return
     with temporary_folder("keysync-bench-clips") as folder:
         clips = synthetic_clips(arguments.clips or 4, arguments.seconds or 2.0, folder)
-        return measure_metrics(names, clips, arguments.weights)
+        yield from measure_metrics(names, clips, arguments.weights)
 
 
 def _networks(

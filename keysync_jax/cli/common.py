@@ -89,6 +89,16 @@ def add_decoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_longer_voice(parser: argparse.ArgumentParser) -> None:
+    """`--longer-voice`, of a subcommand that dubs or tells what a dub would be."""
+    parser.add_argument(
+        "--longer-voice",
+        choices=("to-and-fro", "loop", "freeze", "stop"),
+        default="to-and-fro",
+        help="what the video does where the voice is longer than it; stop: the dub ends with the video",
+    )
+
+
 def add_devices(parser: argparse.ArgumentParser) -> None:
     """`--devices`, of a subcommand that dubs."""
     parser.add_argument(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from keysync_jax.cli.common import Commands, add_devices, fetch_models
+from keysync_jax.cli.common import Commands, add_devices, add_longer_voice, fetch_models
 from keysync_jax.errors import UserError
 
 
@@ -21,12 +21,7 @@ def add_doctor(commands: Commands) -> None:
         help="detector that looks for faces (default mediapipe)",
     )
     parser.add_argument("--landmark-model", type=Path, metavar="FILE", help="the detector's model file")
-    parser.add_argument(
-        "--longer-voice",
-        choices=("to-and-fro", "loop", "freeze", "stop"),
-        default="to-and-fro",
-        help="as of dub",
-    )
+    add_longer_voice(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="as of dub")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="as of dub")
     parser.add_argument(
@@ -39,9 +34,14 @@ def add_doctor(commands: Commands) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     from keysync_jax.doctor.finding import table
 
+    for name in ("steps", "dtype", "devices"):
+        if getattr(arguments, name) is not None and arguments.model is None:
+            raise UserError(f"--{name} goes with --model, whose dubs it changes")
     if arguments.video is None:
         if arguments.model is not None:
             raise UserError("--model goes with a VIDEO; without one this machine is looked at")
+        if arguments.landmark_model is not None or arguments.allow_download:
+            raise UserError("--landmark-model and --allow-download go with a VIDEO")
         from keysync_jax.doctor.installation import installation
 
         findings = installation()

@@ -10,6 +10,7 @@ from keysync_jax.cli.common import (
     add_decoder,
     add_devices,
     add_guidance_interval,
+    add_longer_voice,
     add_ray,
     fetch_models,
     intervals,
@@ -72,12 +73,7 @@ def add_dub(commands: Commands) -> None:
         help="what shows who it is: a frame of the video (first: of those with a face; N: by number), every"
         " frame itself (current), or a picture (default first)",
     )
-    parser.add_argument(
-        "--longer-voice",
-        choices=("to-and-fro", "loop", "freeze", "stop"),
-        default="to-and-fro",
-        help="what the video does where the voice is longer than it; stop: the dub ends with the video",
-    )
+    add_longer_voice(parser)
     parser.add_argument(
         "--no-provenance",
         dest="provenance",

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keysync_jax.bench.metrics import NOTHING, measure_metrics, metrics_table, synthetic_clips
+from keysync_jax.bench.metrics import NOTHING, foot_lines, measure_metrics, row_line, synthetic_clips
 from keysync_jax.cli import main
 from keysync_jax.errors import UserError
 from keysync_jax.evaluation.cliplist import ListedClip
@@ -19,7 +19,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[ListedClip]:
 
 
 def test_a_measure_is_timed_alone_and_an_absent_network_is_a_sentence(clips: list[ListedClip]) -> None:
-    rows = measure_metrics(["vl", "mar_open", "mar_std", "lpips"], clips, None)
+    rows = list(measure_metrics(["vl", "mar_open", "mar_std", "lpips"], clips, None))
     vl, mar, lpips, nothing = rows
     assert [row.name for row in rows] == ["vl", "mar_std", "lpips", NOTHING]
     assert mar.metrics[:2] == ("mar_std", "mar_open")
@@ -34,17 +34,18 @@ def test_a_measure_is_timed_alone_and_an_absent_network_is_a_sentence(clips: lis
         assert not row.random
     assert lpips.timing is None
     assert lpips.fault.startswith("not available: needs torchvision's AlexNet, alexnet-owt-7be5be79.pth in a")
-    text = metrics_table(rows)
-    assert "mar_std: also mar_open" in text
-    assert f"lpips               {lpips.fault}" in text
-    assert "2 clips, 256 x 256" in text
+    assert row_line(lpips) == f"lpips               {lpips.fault}"
+    assert row_line(vl, {"vl": vl.timing.median / 2}).endswith("   2.00")  # type: ignore[union-attr]
+    assert foot_lines(rows).startswith("2 clips, 256 x 256; ")
+    assert "mar_std: also mar_open" in foot_lines(rows)
+    assert "random" not in foot_lines(rows)
 
 
 def test_random_weights_stand_for_a_network_of_ours_and_the_table_says_so(clips: list[ListedClip]) -> None:
     row, _ = measure_metrics(["active_speaker"], clips[:1], None)
-    # The clip is too short for the network, which the network has to say.
     assert row.random
-    assert row.timing is not None or "not available" in row.fault
+    assert row.timing is not None
+    assert foot_lines([row]).endswith("random weights: active_speaker")
 
 
 def test_the_peak_of_a_process_is_its_own() -> None:
@@ -75,7 +76,7 @@ def test_bad_arguments_get_a_sentence(
 
 def test_what_cannot_be_measured_is_refused(clips: list[ListedClip], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no metric named fidd"):
-        measure_metrics(["fidd"], clips, None)
+        list(measure_metrics(["fidd"], clips, None))
     bare = ListedClip("bare", tmp_path / "bare.mp4", tmp_path / "bare.mp4", "bare")
     with pytest.raises(UserError, match="bare: has no landmarks"):
-        measure_metrics(["vl"], [bare], None)
+        list(measure_metrics(["vl"], [bare], None))

@@ -1,5 +1,8 @@
 """What `keysync doctor` says of a machine and of a clip."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,3 +130,16 @@ def test_an_installation_names_what_lacks_and_how_to_get_it(
 def test_a_machine_takes_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", "models/keysync"]) == 2
     assert "--model goes with a VIDEO" in capsys.readouterr().err
+    assert main(["doctor", "--dtype", "bf16"]) == 2
+    assert "--dtype goes with --model" in capsys.readouterr().err
+    assert main(["doctor", "--allow-download"]) == 2
+    assert "go with a VIDEO" in capsys.readouterr().err
+
+
+def test_who_stops_reading_is_shown_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "keysync_jax.cli", "doctor"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
